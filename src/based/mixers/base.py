@@ -1,0 +1,111 @@
+"""The one interface of all sequence mixers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from math import prod
+from typing import ClassVar, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from based.errors import BasedError
+from based.mixers import packing
+from based.mixers.state import State
+
+
+class TensorSpec(NamedTuple):
+    """One tensor of a state, without its batch axis; dtype None is the activations' dtype."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None = None
+
+
+class Mixer(nn.Module, ABC):
+    """Maps `[B, T, hidden_size]` to the same shape; output t depends on inputs 0 .. t.
+
+    A mixer defines `state_spec`, `mix` (parallel form) and `step` (recurrent
+    form); zeros are the state before the first token. `mix_packed` has a general
+    form here, and a mixer overrides it only for speed.
+    """
+
+    #: Whether the state keeps its size whatever the length.
+    fixed_state: ClassVar[bool] = True
+
+    @abstractmethod
+    def state_spec(self, length: int, dtype: torch.dtype) -> dict[str, TensorSpec]:
+        """Tensors that one sequence occupies after `length` tokens of activations `dtype`."""
+
+    @abstractmethod
+    def mix(
+        self, x: Float[Tensor, "B T C"], state: State | None = None
+    ) -> tuple[Float[Tensor, "B T C"], State | None]:
+        """Parallel form from a state (zeros if None); returns the next state if one was given."""
+
+    @abstractmethod
+    def step(self, x: Float[Tensor, "B C"], state: State) -> Float[Tensor, "B C"]:
+        """Recurrent form: one token for every row; changes the state in place. No gradients."""
+
+    def mix_packed(
+        self,
+        x: Float[Tensor, "1 T C"],
+        cu_seqlens: Int[Tensor, " E"],
+        state: State | None = None,
+    ) -> tuple[Float[Tensor, "1 T C"], State | None]:
+        """Parallel form over packed sequences; the state has a row for each."""
+        return packing.mix_each_sequence(self, x, cu_seqlens, state)
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T C"],
+        state: State | None = None,
+        cu_seqlens: Int[Tensor, " E"] | None = None,
+    ) -> tuple[Float[Tensor, "B T C"], State | None]:
+        """Mixes whole sequences, or continues them from `state`; differentiable.
+
+        With `cu_seqlens` the batch is packed: B = 1, and sequence i is the tokens
+        cu_seqlens[i] .. cu_seqlens[i + 1]. The given state is not changed.
+        """
+        if cu_seqlens is None:
+            return self.mix(x, state)
+        return self.mix_packed(x, cu_seqlens, state)
+
+    def join_states(self, states: Sequence[State]) -> State:
+        """One state with the rows of all; overridden where rows can differ in size."""
+        return State.concatenate(states)
+
+    def init_state(self, batch_size: int, length: int = 0) -> State:
+        """The state before the first token, with room for `length` tokens where it grows."""
+        like = next(self.parameters())
+        return State(
+            {
+                name: torch.zeros(
+                    (batch_size, *spec.shape), dtype=spec.dtype or like.dtype, device=like.device
+                )
+                for name, spec in self.state_spec(length, like.dtype).items()
+            }
+        )
+
+    def state_bytes(self, length: int, dtype: torch.dtype = torch.bfloat16) -> int:
+        """Bytes that one sequence's state occupies after `length` tokens."""
+        specs = self.state_spec(length, dtype).values()
+        return sum(prod(spec.shape) * (spec.dtype or dtype).itemsize for spec in specs)
+
+
+def split_heads(hidden_size: int, num_heads: int) -> int:
+    """The head_dim, or one line that says why the heads do not divide the width."""
+    if num_heads < 1 or hidden_size % num_heads:
+        raise BasedError(
+            f"hidden_size {hidden_size} does not divide into {num_heads} heads; "
+            "choose num_heads among its divisors"
+        )
+    return hidden_size // num_heads
+
+
+def at_least_one(**options: int) -> None:
+    """Refuses a dial below 1, by its name."""
+    for name, value in options.items():
+        if value < 1:
+            raise BasedError(f"{name} is {value}; it must be at least 1")

@@ -1,0 +1,56 @@
+"""Gated short convolution, BaseConv: exact local shifts (paper section 4.1)."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from based.mixers.base import Mixer, TensorSpec, at_least_one
+from based.mixers.state import State
+from based.ops.gated_short_convolution import gated_short_convolution
+
+
+class GatedConvolution(Mixer):
+    """out_proj(silu(conv(u)) * g), u and g two projections to `expand` times the width.
+
+    The state is the last kernel_size - 1 inputs of the convolution.
+    """
+
+    def __init__(self, hidden_size: int, kernel_size: int = 3, expand: int = 2) -> None:
+        super().__init__()
+        at_least_one(kernel_size=kernel_size, expand=expand)
+        self.inner_size = expand * hidden_size
+        self.in_proj = nn.Linear(hidden_size, 2 * self.inner_size)
+        self.conv_weight = nn.Parameter(torch.empty(self.inner_size, kernel_size))
+        self.out_proj = nn.Linear(self.inner_size, hidden_size)
+        nn.init.uniform_(self.conv_weight, -(kernel_size**-0.5), kernel_size**-0.5)
+
+    def state_spec(self, length: int, dtype: torch.dtype) -> dict[str, TensorSpec]:
+        return {"inputs": TensorSpec((self.conv_weight.shape[1] - 1, self.inner_size))}
+
+    def mix(
+        self, x: Float[Tensor, "B T C"], state: State | None = None
+    ) -> tuple[Float[Tensor, "B T C"], State | None]:
+        return self._mix(x, None, state)
+
+    def mix_packed(
+        self,
+        x: Float[Tensor, "1 T C"],
+        cu_seqlens: Int[Tensor, " E"],
+        state: State | None = None,
+    ) -> tuple[Float[Tensor, "1 T C"], State | None]:
+        return self._mix(x, cu_seqlens, state)
+
+    def _mix(
+        self, x: Tensor, cu_seqlens: Tensor | None, state: State | None
+    ) -> tuple[Tensor, State | None]:
+        inputs, gate = self.in_proj(x).chunk(2, dim=-1)
+        past = None if state is None else state["inputs"]
+        weight = self.conv_weight.to(inputs.dtype)
+        y, past = gated_short_convolution(inputs, gate, weight, past, cu_seqlens)
+        return self.out_proj(y), None if past is None else State(inputs=past)
+
+    def step(self, x: Float[Tensor, "B C"], state: State) -> Float[Tensor, "B C"]:
+        y, after = self.mix(x[:, None], state)
+        if after is not None:
+            state["inputs"].copy_(after["inputs"])
+        return y[:, 0]

@@ -1,0 +1,99 @@
+"""Sliding-window attention: exact, local recall (paper section 4.1)."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from based.mixers.base import Mixer, TensorSpec, at_least_one, split_heads
+from based.mixers.state import State
+from based.ops.packed import positions
+from based.ops.rotary import inverse_frequencies, rotate
+from based.ops.sliding_window_attention import sliding_window_attention
+
+
+class SlidingWindowAttention(Mixer):
+    """Rotary softmax attention over the last `window` keys, the query's own included.
+
+    The state is a ring of exactly `window` rotated keys and their values, token t
+    in slot t mod window, and the number of tokens seen. `based.ops.
+    sliding_window_attention` converts other conventions for `window`.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int = 16, window: int = 129) -> None:
+        super().__init__()
+        at_least_one(window=window)
+        self.num_heads, self.window = num_heads, window
+        self.head_dim = split_heads(hidden_size, num_heads)
+        self.qkv_proj = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
+        self.out_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+
+    def state_spec(self, length: int, dtype: torch.dtype) -> dict[str, TensorSpec]:
+        ring = TensorSpec((self.window, self.num_heads, self.head_dim))
+        return {"keys": ring, "values": ring, "length": TensorSpec((), torch.long)}
+
+    def mix(
+        self, x: Float[Tensor, "B T C"], state: State | None = None
+    ) -> tuple[Float[Tensor, "B T C"], State | None]:
+        token = torch.arange(x.shape[1], device=x.device)[None]
+        if state is None:
+            q, k, v = self._project(x, token)
+            out = sliding_window_attention(q, k, v, self.window)
+            return self.out_proj(out.flatten(-2)), None
+        seen = state["length"]
+        q, k, v = self._project(x, seen[:, None] + token)
+        # The window before a query holds window - 1 past keys: all slots but the oldest.
+        recent = (seen[:, None] - self.window + 1 + self._slots(x)[:-1]) % self.window
+        k = torch.cat([_take(state["keys"], recent).to(k.dtype), k], dim=1)
+        v = torch.cat([_take(state["values"], recent).to(v.dtype), v], dim=1)
+        out = sliding_window_attention(q, k, v, self.window, past=seen)
+        return self.out_proj(out.flatten(-2)), self._remember(k, v, seen, x.shape[1], state)
+
+    def mix_packed(
+        self,
+        x: Float[Tensor, "1 T C"],
+        cu_seqlens: Int[Tensor, " E"],
+        state: State | None = None,
+    ) -> tuple[Float[Tensor, "1 T C"], State | None]:
+        if state is not None:
+            return super().mix_packed(x, cu_seqlens, state)
+        q, k, v = self._project(x, positions(cu_seqlens, x.shape[1])[None])
+        out = sliding_window_attention(q, k, v, self.window, cu_seqlens=cu_seqlens)
+        return self.out_proj(out.flatten(-2)), None
+
+    def step(self, x: Float[Tensor, "B C"], state: State) -> Float[Tensor, "B C"]:
+        seen = state["length"]
+        q, k, v = (y[:, 0] for y in self._project(x[:, None], seen[:, None]))
+        row = torch.arange(x.shape[0], device=x.device)
+        state["keys"][row, seen % self.window] = k
+        state["values"][row, seen % self.window] = v
+        visible = self._slots(x) <= seen[:, None]
+        scores = torch.einsum("bhd,bwhd->bhw", q, state["keys"]) * self.head_dim**-0.5
+        weights = scores.float() if x.dtype != torch.float64 else scores
+        weights = weights.masked_fill(~visible[:, None], float("-inf")).softmax(dim=-1)
+        out = torch.einsum("bhw,bwhd->bhd", weights.to(v.dtype), state["values"])
+        seen += 1
+        return self.out_proj(out.flatten(-2))
+
+    def _project(self, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = self.qkv_proj(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
+        frequencies = inverse_frequencies(self.head_dim).to(x.device)
+        return rotate(q, position, frequencies), rotate(k, position, frequencies), v
+
+    def _slots(self, x: Tensor) -> Int[Tensor, " W"]:
+        return torch.arange(self.window, device=x.device)
+
+    def _remember(self, k: Tensor, v: Tensor, seen: Tensor, new: int, state: State) -> State:
+        """The ring after `new` tokens; k and v hold window - 1 past tokens and then those."""
+        length = seen + new
+        # Slot s holds the newest token t < length with t mod window = s. Of the ring's
+        # window tokens one may be older than k's first: that slot keeps what it has.
+        age = (length[:, None] - 1 - self._slots(k)) % self.window
+        index = k.shape[1] - 1 - age
+        keep = (index < 0)[..., None, None]
+        keys = torch.where(keep, state["keys"], _take(k, index.clamp(min=0)))
+        values = torch.where(keep, state["values"], _take(v, index.clamp(min=0)))
+        return State(keys=keys, values=values, length=length)
+
+
+def _take(x: Float[Tensor, "B S H D"], index: Int[Tensor, "B W"]) -> Float[Tensor, "B W H D"]:
+    return x.gather(1, index[..., None, None].expand(-1, -1, *x.shape[2:]))

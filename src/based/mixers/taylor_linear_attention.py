@@ -1,0 +1,74 @@
+"""Taylor linear attention: global, fixed-size memory (paper section 4.1)."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from based.mixers.base import Mixer, TensorSpec, at_least_one, split_heads
+from based.mixers.state import State
+from based.ops.taylor_linear_attention import (
+    num_features,
+    state_dtype,
+    taylor_linear_attention,
+    taylor_linear_attention_step,
+)
+
+
+class TaylorLinearAttention(Mixer):
+    """softmax's exp(s) replaced by 1 + s + s^2/2, so that a sum over keys is a state.
+
+    Per head: numerator `[F, head_dim]` and denominator `[F]` in float32, with
+    F = 153 packed features at `feature_dim` 16. No bias, rotary or decay.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int = 16, feature_dim: int = 16) -> None:
+        super().__init__()
+        at_least_one(feature_dim=feature_dim)
+        self.num_heads, self.feature_dim = num_heads, feature_dim
+        self.head_dim = split_heads(hidden_size, num_heads)
+        self.q_proj = nn.Linear(hidden_size, num_heads * feature_dim, bias=False)
+        self.k_proj = nn.Linear(hidden_size, num_heads * feature_dim, bias=False)
+        self.v_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.out_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+
+    def state_spec(self, length: int, dtype: torch.dtype) -> dict[str, TensorSpec]:
+        features = num_features(self.feature_dim)
+        return {
+            "numerator": TensorSpec((self.num_heads, features, self.head_dim), state_dtype(dtype)),
+            "denominator": TensorSpec((self.num_heads, features), state_dtype(dtype)),
+        }
+
+    def mix(
+        self, x: Float[Tensor, "B T C"], state: State | None = None
+    ) -> tuple[Float[Tensor, "B T C"], State | None]:
+        return self._mix(x, None, state)
+
+    def mix_packed(
+        self,
+        x: Float[Tensor, "1 T C"],
+        cu_seqlens: Int[Tensor, " E"],
+        state: State | None = None,
+    ) -> tuple[Float[Tensor, "1 T C"], State | None]:
+        return self._mix(x, cu_seqlens, state)
+
+    def _mix(
+        self, x: Tensor, cu_seqlens: Tensor | None, state: State | None
+    ) -> tuple[Tensor, State | None]:
+        before = (None, None) if state is None else (state["numerator"], state["denominator"])
+        out, numerator, denominator = taylor_linear_attention(
+            *self._project(x), *before, cu_seqlens
+        )
+        after = None if state is None else State(numerator=numerator, denominator=denominator)
+        return self.out_proj(out.flatten(-2)), after
+
+    def step(self, x: Float[Tensor, "B C"], state: State) -> Float[Tensor, "B C"]:
+        out = taylor_linear_attention_step(
+            *self._project(x), state["numerator"], state["denominator"]
+        )
+        return self.out_proj(out.flatten(-2))
+
+    def _project(self, x: Float[Tensor, "... C"]) -> tuple[Tensor, Tensor, Tensor]:
+        heads = (self.num_heads, -1)
+        projections = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        q, k, v = (y.unflatten(-1, heads) for y in projections)
+        return q, k, v

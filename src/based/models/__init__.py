@@ -1,0 +1,13 @@
+"""Language models: one decoder, built from a list of mixer names."""
+
+from based.models.config import DecoderConfig
+from based.models.decoder import Decoder, DecoderState
+from based.models.presets import PRESETS, preset
+
+__all__ = [
+    "PRESETS",
+    "Decoder",
+    "DecoderConfig",
+    "DecoderState",
+    "preset",
+]

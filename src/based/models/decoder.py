@@ -1,0 +1,208 @@
+"""The decoder: pre-norm blocks of one mixer and one SwiGLU, float32 residual, tied embeddings.
+
+One class is every model here. Which mixers it has, and where, is in the config;
+what it remembers between calls is a `DecoderState`, one mixer state a layer.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from based.mixers import Mixer, State, build_mixer
+from based.mixers.packing import Packing
+from based.models.config import DecoderConfig
+
+
+class DecoderState(list[State]):
+    """What a model remembers of its sequences: each layer's state, in order."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated, all layers and rows."""
+        return sum(state.nbytes for state in self)
+
+    def select(self, rows: Int[Tensor, " R"]) -> DecoderState:
+        """A copy of the given rows, in that order (repeats allowed)."""
+        return DecoderState(state.select(rows) for state in self)
+
+    def clone(self) -> DecoderState:
+        """A copy that shares no memory."""
+        return DecoderState(state.clone() for state in self)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, computed in float32 and returned in the weight's dtype."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+
+    def forward(self, x: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
+        """Normalises the last axis."""
+        weight = self.weight.to(x.dtype)
+        return F.rms_norm(x, weight.shape, weight, self.eps).to(self.weight.dtype)
+
+
+class SwiGLU(nn.Module):
+    """fc2(value * silu(gate)), value the first half of fc1's output and gate the second."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, 2 * intermediate_size, bias=False)
+        self.fc2 = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
+        """Acts on each token alone."""
+        value, gate = self.fc1(x).chunk(2, dim=-1)
+        return self.fc2(value * F.silu(gate))
+
+
+class Block(nn.Module):
+    """x + mixer(norm(x)), then x + mlp(norm(x)), on a float32 residual stream."""
+
+    def __init__(self, config: DecoderConfig, mixer: str) -> None:
+        super().__init__()
+        size = config.hidden_size
+        self.mixer_norm = RMSNorm(size, config.norm_eps)
+        self.mixer: Mixer = build_mixer(mixer, size, **config.mixer_options.get(mixer, {}))
+        self.mlp_norm = RMSNorm(size, config.norm_eps)
+        self.mlp = SwiGLU(size, config.intermediate_size)
+
+    def forward(
+        self, x: Float[Tensor, "B T C"], state: State | None, cu_seqlens: Int[Tensor, " E"] | None
+    ) -> tuple[Float[Tensor, "B T C"], State | None]:
+        """Parallel form; see `Mixer.forward`."""
+        mixed, state = self.mixer(self.mixer_norm(x), state, cu_seqlens)
+        x = x + mixed
+        return x + self.mlp(self.mlp_norm(x)), state
+
+    def step(self, x: Float[Tensor, "B C"], state: State) -> Float[Tensor, "B C"]:
+        """One token for every row; changes the state in place."""
+        x = x + self.mixer.step(self.mixer_norm(x), state)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Decoder(nn.Module):
+    """Token ids in, next-token logits out; parallel over a sequence or token by token."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.blocks = nn.ModuleList(Block(config, mixer) for mixer in config.mixers)
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Draws linear and embedding weights anew; others stay as their modules made them.
+
+        Linear and embedding: N(0, initializer_range), biases 0. The projections
+        back to the residual stream (out_proj, fc2): divided by sqrt(2 * layers).
+        """
+        std = self.config.initializer_range
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                to_residual = name.endswith(("out_proj", "fc2"))
+                scale = (2 * len(self.blocks)) ** -0.5 if to_residual else 1.0
+                module.weight.normal_(std=std * scale)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                module.bias.zero_()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.embedding.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The weights' dtype, which activations have too."""
+        return self.embedding.weight.dtype
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "B T"],
+        state: DecoderState | None = None,
+        *,
+        cu_seqlens: Int[Tensor, " E"] | None = None,
+        mask: Bool[Tensor, "B T"] | None = None,
+        last_only: bool = False,
+    ) -> tuple[Float[Tensor, "B L V"], DecoderState | None]:
+        """Logits of every position (or each row's last, L = 1) and the next state if one was given.
+
+        `mask` is true on real tokens; padding may stand anywhere in a row and
+        leaves no trace in the state. `cu_seqlens` marks a packed batch (B = 1).
+        `last_only` goes with neither packing nor an empty row.
+        """
+        x, state = self.hidden(tokens, state, cu_seqlens=cu_seqlens, mask=mask)
+        if last_only:
+            last = _last_token(tokens, mask)
+            x = x.gather(1, last[:, None, None].expand(-1, 1, x.shape[-1]))
+        return self.logits(x), state
+
+    def hidden(
+        self,
+        tokens: Int[Tensor, "B T"],
+        state: DecoderState | None = None,
+        *,
+        cu_seqlens: Int[Tensor, " E"] | None = None,
+        mask: Bool[Tensor, "B T"] | None = None,
+    ) -> tuple[Float[Tensor, "B T C"], DecoderState | None]:
+        """Final hidden states, normalised, ready for `logits`; see `forward`."""
+        packing = None
+        if mask is not None and not bool(mask.all()):
+            packing = Packing.of(mask)
+            tokens, cu_seqlens = packing.pack(tokens), packing.cu_seqlens
+        x = self._embed(tokens)
+        after = []
+        for layer, block in enumerate(self.blocks):
+            x, layer_state = block(x, None if state is None else state[layer], cu_seqlens)
+            after.append(layer_state)
+        x = self.norm(x)
+        x = x if packing is None else packing.unpack(x)
+        return x, None if state is None else DecoderState(after)
+
+    def logits(self, hidden: Float[Tensor, "... C"]) -> Float[Tensor, "... V"]:
+        """Next-token logits from final hidden states; the head is the embedding."""
+        return F.linear(hidden, self.embedding.weight)
+
+    @torch.no_grad()
+    def step(self, tokens: Int[Tensor, " B"], state: DecoderState) -> Float[Tensor, "B V"]:
+        """Feeds one token to every row, changes the state in place, returns the next logits."""
+        x = self._embed(tokens)
+        for block, layer_state in zip(self.blocks, state, strict=True):
+            assert isinstance(block, Block)
+            x = block.step(x, layer_state)
+        return self.logits(self.norm(x))
+
+    def init_state(self, batch_size: int, length: int = 0) -> DecoderState:
+        """The state before the first token; `length` reserves room in states that grow."""
+        return DecoderState(mixer.init_state(batch_size, length) for mixer in self.mixers())
+
+    def state_bytes(self, length: int, dtype: torch.dtype | None = None) -> int:
+        """Bytes that one sequence's state occupies after `length` tokens."""
+        return sum(mixer.state_bytes(length, dtype or self.dtype) for mixer in self.mixers())
+
+    def mixers(self) -> list[Mixer]:
+        """The mixers of all layers, in order."""
+        return [block.mixer for block in self.blocks if isinstance(block, Block)]
+
+    def num_parameters(self) -> int:
+        """Parameters, the tied embedding once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        """Token embeddings as the residual stream: float32, or float64 in a float64 model."""
+        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+        return self.embedding(tokens).to(wide)
+
+
+def _last_token(tokens: Tensor, mask: Tensor | None) -> Int[Tensor, " B"]:
+    """Index of each row's last real token."""
+    index = torch.arange(tokens.shape[1], device=tokens.device)
+    if mask is None:
+        return index[-1:].expand(tokens.shape[0])
+    return torch.where(mask, index, -1).amax(dim=1)

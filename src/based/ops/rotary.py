@@ -1,0 +1,38 @@
+"""Rotary position embedding, non-interleaved halves (GPT-NeoX form; base 10000).
+
+Angles are computed in float64: in float32 a position of a million would already
+turn the fastest pair by a wrong 0.03 radians.
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+def inverse_frequencies(
+    head_dim: int, fraction: float = 1.0, base: float = 10000.0
+) -> Float[Tensor, " R"]:
+    """The R angular frequencies that turn the first 2R components of a head.
+
+    Follows flash-attn, as the official checkpoints do: the rotated width is
+    int(head_dim * fraction), and an odd width w still gives (w + 1) / 2
+    frequencies base^(-2i/w), so head_dim 70 at fraction 0.5 rotates 36.
+    """
+    width = int(head_dim * fraction)
+    return base ** (-torch.arange(0, width, 2, dtype=torch.float64) / max(width, 1))
+
+
+def rotate(
+    x: Float[Tensor, "B T H D"],
+    positions: Int[Tensor, "B T"] | Int[Tensor, "1 T"],
+    frequencies: Float[Tensor, " R"],
+) -> Float[Tensor, "B T H D"]:
+    """Turns pair (i, i + R) of every head by positions * frequencies[i]; the rest passes."""
+    R = frequencies.shape[0]
+    angles = (positions[..., None] * frequencies)[:, :, None, :]
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    cos, sin = angles.cos().to(wide), angles.sin().to(wide)
+    first, second, rest = x.split([R, R, x.shape[-1] - 2 * R], dim=-1)
+    first, second = first.to(wide), second.to(wide)
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    return torch.cat([*(half.to(x.dtype) for half in turned), rest], dim=-1)

@@ -1,5 +1,6 @@
 """Language models: one decoder, built from a list of mixer names."""
 
+from based.models.checkpoint import load_model, save_model
 from based.models.config import DecoderConfig
 from based.models.decoder import Decoder, DecoderState
 from based.models.presets import PRESETS, preset
@@ -9,5 +10,7 @@ __all__ = [
     "Decoder",
     "DecoderConfig",
     "DecoderState",
+    "load_model",
     "preset",
+    "save_model",
 ]

@@ -1,0 +1,138 @@
+"""Saved models: a directory of `config.json`, `model.safetensors` and a tokenizer.
+
+The layout is Hugging Face's, so `AutoModelForCausalLM` reads what is written
+here and the other way round. A save is published whole, by rename.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from based.errors import BasedError
+from based.models.config import DecoderConfig
+from based.models.decoder import Decoder
+
+MODEL_TYPE = "based"
+PREFIX = "model."
+WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+
+
+def save_model(model: Decoder, path: str | Path, tokenizer: str | Path | None = None) -> None:
+    """Writes the model, and a copy of the tokenizer file, to the directory `path`.
+
+    Replaces a model that is there. Raises `BasedError` on a full disk, and then
+    leaves what was there before.
+    """
+    tensors = {PREFIX + name: t.detach().cpu() for name, t in model.state_dict().items()}
+    with published(Path(path)) as folder:
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        described = {"model_type": MODEL_TYPE, "architectures": ["BasedForCausalLM"]}
+        described |= {"dtype": str(model.dtype).removeprefix("torch."), **model.config.to_dict()}
+        (folder / CONFIG).write_text(json.dumps(described, indent=2) + "\n")
+        if tokenizer is not None:
+            shutil.copyfile(tokenizer, folder / "tokenizer.json")
+
+
+def load_model(
+    path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> Decoder:
+    """The model saved in directory `path`, in the dtype it was saved in unless one is given."""
+    folder = Path(path)
+    config = read_config(folder)
+    with torch.device("meta"):
+        model = Decoder(config)
+    tensors = {name.removeprefix(PREFIX): t for name, t in _read_tensors(folder)}
+    tensors.pop("lm_head.weight", None)
+    _check(model, tensors, folder)
+    model.load_state_dict(tensors, assign=True)
+    return model.to(device=device, dtype=dtype or model.dtype).eval()
+
+
+def read_config(folder: Path) -> DecoderConfig:
+    """The configuration in the directory's `config.json`."""
+    try:
+        values: dict[str, Any] = json.loads((folder / CONFIG).read_text())
+    except FileNotFoundError:
+        raise BasedError(f"no model in {folder}: {CONFIG} is missing there") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, NotADirectoryError) as error:
+        raise BasedError(f"{folder / CONFIG} is not a model's configuration: {error}") from error
+    if not isinstance(values, dict) or values.get("model_type") != MODEL_TYPE:
+        raise BasedError(
+            f"{folder} holds no model of ours (model_type is not {MODEL_TYPE!r}); "
+            "`based convert` reads the official checkpoints"
+        )
+    known = DecoderConfig.__dataclass_fields__
+    return DecoderConfig.from_dict({name: v for name, v in values.items() if name in known})
+
+
+@contextmanager
+def published(path: Path) -> Iterator[Path]:
+    """A new directory to write in, put in the place of `path` only when all went well."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        _sync(temporary)
+        if path.exists():
+            path.rename(old)
+        temporary.rename(path)
+    except OSError as error:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        reason = "the disk is full" if error.errno == errno.ENOSPC else str(error)
+        raise BasedError(f"could not save {path}: {reason}; what was there is kept") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    """Forces the directory's files to the disk, before a rename makes them count."""
+    for file in [*folder.rglob("*"), folder]:
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """All tensors of one safetensors file, or of the shards that an index names."""
+    files = [WEIGHTS]
+    if (folder / INDEX).exists():
+        files = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+    for file in files:
+        try:
+            with safe_open(folder / file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 (not a mapping)
+                    yield name, opened.get_tensor(name)
+        except FileNotFoundError:
+            raise BasedError(f"{folder} has no weights: {file} is missing") from None
+        except SafetensorError as error:
+            raise BasedError(f"{folder / file} is damaged or truncated: {error}") from error
+
+
+def _check(model: Decoder, tensors: dict[str, Tensor], folder: Path) -> None:
+    """Refuses weights that are not exactly the model's."""
+    wanted = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    got = {name: tuple(t.shape) for name, t in tensors.items()}
+    for name in sorted(wanted.keys() | got.keys()):
+        if wanted.get(name) != got.get(name):
+            raise BasedError(
+                f"weights in {folder} do not fit its config: {name} is "
+                f"{got.get(name, 'missing')}, the config wants {wanted.get(name, 'no such tensor')}"
+            )

@@ -60,6 +60,17 @@ def load_model(
     return model.to(device=device, dtype=dtype or model.dtype).eval()
 
 
+def model_folder(path: str | Path) -> Path:
+    """The saved model's directory: `path` itself, or `path/model` where `path` is a run."""
+    path = Path(path)
+    if not path.exists():
+        raise BasedError(f"there is no {path}; give a run of `based train` or a saved model")
+    inside = path / "model"
+    if not (path / CONFIG).exists() and (path / "checkpoints").exists() and not inside.exists():
+        raise BasedError(f"the run in {path} has not finished; train it on to export its model")
+    return inside if (inside / CONFIG).exists() else path
+
+
 def read_config(folder: Path) -> DecoderConfig:
     """The configuration in the directory's `config.json`."""
     try:

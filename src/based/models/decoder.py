@@ -129,18 +129,13 @@ class Decoder(nn.Module):
         *,
         cu_seqlens: Int[Tensor, " E"] | None = None,
         mask: Bool[Tensor, "B T"] | None = None,
-        last_only: bool = False,
-    ) -> tuple[Float[Tensor, "B L V"], DecoderState | None]:
-        """Logits of every position (or each row's last, L = 1) and the next state if one was given.
+    ) -> tuple[Float[Tensor, "B T V"], DecoderState | None]:
+        """Logits of every position, and the next state if one was given.
 
         `mask` is true on real tokens; padding may stand anywhere in a row and
         leaves no trace in the state. `cu_seqlens` marks a packed batch (B = 1).
-        `last_only` goes with neither packing nor an empty row.
         """
         x, state = self.hidden(tokens, state, cu_seqlens=cu_seqlens, mask=mask)
-        if last_only:
-            last = _last_token(tokens, mask)
-            x = x.gather(1, last[:, None, None].expand(-1, 1, x.shape[-1]))
         return self.logits(x), state
 
     def hidden(
@@ -198,11 +193,3 @@ class Decoder(nn.Module):
         """Token embeddings as the residual stream: float32, or float64 in a float64 model."""
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         return self.embedding(tokens).to(wide)
-
-
-def _last_token(tokens: Tensor, mask: Tensor | None) -> Int[Tensor, " B"]:
-    """Index of each row's last real token."""
-    index = torch.arange(tokens.shape[1], device=tokens.device)
-    if mask is None:
-        return index[-1:].expand(tokens.shape[0])
-    return torch.where(mask, index, -1).amax(dim=1)

@@ -63,6 +63,14 @@ def transformer_model(
     )
 
 
+def transformer_of_size(parameters: int, hidden_size: int, vocab_size: int) -> DecoderConfig:
+    """The Transformer++ of that width with about that many parameters."""
+    intermediate_size = -(-int(8 * hidden_size / 3) // 256) * 256
+    per_layer = hidden_size * (4 * hidden_size + 3 * intermediate_size)
+    num_layers = max(1, round((parameters - vocab_size * hidden_size) / per_layer))
+    return transformer_model(hidden_size, num_layers, 1, intermediate_size, vocab_size=vocab_size)
+
+
 def based_360m(feature_dim: int = 16, window: int = 129) -> DecoderConfig:
     """The official 360M configuration: 362,620,928 parameters, window_size 256."""
     return based_model(
@@ -113,7 +121,7 @@ def window_tiny(window: int = 17, vocab_size: int = 2048) -> DecoderConfig:
 def attn_tiny(vocab_size: int = 2048) -> DecoderConfig:
     """Transformer++ of the size of `based-tiny`."""
     return transformer_model(
-        128, 6, num_heads=4, intermediate_size=352, rotary_fraction=1.0, vocab_size=vocab_size
+        128, 6, num_heads=4, intermediate_size=288, rotary_fraction=1.0, vocab_size=vocab_size
     )
 
 

@@ -6,12 +6,9 @@ here and the other way round. A save is published whole, by rename.
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from based.errors import BasedError
+from based.files import published
 from based.models.config import DecoderConfig
 from based.models.decoder import Decoder
 
@@ -86,39 +84,6 @@ def read_config(folder: Path) -> DecoderConfig:
         )
     known = DecoderConfig.__dataclass_fields__
     return DecoderConfig.from_dict({name: v for name, v in values.items() if name in known})
-
-
-@contextmanager
-def published(path: Path) -> Iterator[Path]:
-    """A new directory to write in, put in the place of `path` only when all went well."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    old = path.with_name(f".{path.name}.{os.getpid()}.old")
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        _sync(temporary)
-        if path.exists():
-            path.rename(old)
-        temporary.rename(path)
-    except OSError as error:
-        if old.exists() and not path.exists():
-            old.rename(path)
-        reason = "the disk is full" if error.errno == errno.ENOSPC else str(error)
-        raise BasedError(f"could not save {path}: {reason}; what was there is kept") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if path.exists():
-            shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(folder: Path) -> None:
-    """Forces the directory's files to the disk, before a rename makes them count."""
-    for file in [*folder.rglob("*"), folder]:
-        descriptor = os.open(file, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:

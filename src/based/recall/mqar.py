@@ -28,7 +28,9 @@ def mqar(
     tokens are random ones of the whole vocabulary.
     """
     if 4 * pairs > length:
-        raise BasedError(f"{pairs} pairs do not fit {length} tokens; 4 x pairs must be at most that")
+        raise BasedError(
+            f"{pairs} pairs do not fit {length} tokens; 4 x pairs must be at most that"
+        )
     if pairs > vocab_size // 2 - 1:
         raise BasedError(f"{pairs} pairs need a vocabulary of at least {2 * pairs + 2}")
     half, context = vocab_size // 2, 2 * pairs

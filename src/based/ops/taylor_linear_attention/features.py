@@ -49,4 +49,6 @@ def query_features(q: Float[Tensor, "... K"]) -> Float[Tensor, "... F"]:
 def _weights(dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     products = num_features(dim) - 1 - 2 * dim
     weights = [1.0] + [dim**-0.5] * dim + [0.5 / dim] * dim + [1.0 / dim] * products
-    return torch.tensor(weights, dtype=dtype, device=device)
+    # Cached for training too, so never an inference tensor.
+    with torch.inference_mode(False):
+        return torch.tensor(weights, dtype=dtype, device=device)

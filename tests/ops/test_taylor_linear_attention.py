@@ -154,3 +154,18 @@ def test_memory_of_the_backward_pass_is_linear() -> None:
     assert per_token[1] < 1.1 * per_token[0]
     # Features alone would be 2 x 153 x 4 bytes x 2 heads = 2448.
     assert per_token[1] < 2448
+
+
+def test_autocast_does_not_touch_the_accumulators() -> None:
+    q, k = (torch.randn(1, 300, 2, 16, dtype=torch.bfloat16) for _ in range(2))
+    v = torch.randn(1, 300, 2, 8, dtype=torch.bfloat16)
+    want = taylor_linear_attention(q, k, v)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = taylor_linear_attention(q, k, v)
+        torch.testing.assert_close(got[1], want[1], rtol=0, atol=0)
+        step = [x[:, 0] for x in (q, k, v)]
+        states = [(got[1].clone(), got[2].clone()) for _ in range(2)]
+        taylor_linear_attention_step(*step, *states[0])
+    taylor_linear_attention_step(*step, *states[1])
+    for got, want in zip(*states, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=0)

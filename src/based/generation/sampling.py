@@ -28,7 +28,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         """Refuses what cannot be sampled from."""
-        if self.temperature < 0:
+        if not self.temperature >= 0:
             raise BasedError(f"temperature is {self.temperature}; it must be 0 (greedy) or more")
         if self.top_k is not None and self.top_k < 1:
             raise BasedError(f"top_k is {self.top_k}; it must be at least 1")

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 
 from based.data.tokenizer import StreamDecoder, Tokenizer
-from based.generation.generate import stream
+from based.generation.decoding import stream
 from based.generation.sampling import Sampling
 from based.models import Decoder
 

@@ -136,7 +136,7 @@ def _parse_bytes(text: str) -> int:
         ) from None
 
 
-def human(size: float) -> str:
+def human(size: int | float) -> str:
     """Bytes with a decimal unit, three significant digits."""
     for unit in ("B", "kB", "MB", "GB"):
         if size < 999.5:

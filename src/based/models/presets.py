@@ -100,28 +100,20 @@ def attn_1_3b_hd128() -> DecoderConfig:
 
 
 def based_tiny(feature_dim: int = 16, window: int = 17, vocab_size: int = 2048) -> DecoderConfig:
-    """Based for two CPU cores: 6 layers of width 128."""
-    return based_model(
-        128,
-        6,
-        (1, 4),
-        (2,),
-        num_heads=4,
-        feature_dim=feature_dim,
-        window=window,
-        vocab_size=vocab_size,
-    )
+    """Based for two CPU cores: 4 layers of width 96."""
+    dials = {"feature_dim": feature_dim, "window": window, "vocab_size": vocab_size}
+    return based_model(96, 4, (1,), (2,), num_heads=4, **dials)
 
 
 def window_tiny(window: int = 17, vocab_size: int = 2048) -> DecoderConfig:
-    """`based-tiny` with windows in place of linear attention: exact, and forgetful."""
-    return based_model(128, 6, (), (1, 2, 4), num_heads=4, window=window, vocab_size=vocab_size)
+    """`based-tiny` with a window in place of linear attention: exact, and forgetful."""
+    return based_model(96, 4, (), (1, 2), num_heads=4, window=window, vocab_size=vocab_size)
 
 
 def attn_tiny(vocab_size: int = 2048) -> DecoderConfig:
     """Transformer++ of the size of `based-tiny`."""
     return transformer_model(
-        128, 6, num_heads=4, intermediate_size=288, rotary_fraction=1.0, vocab_size=vocab_size
+        96, 4, num_heads=4, intermediate_size=220, rotary_fraction=1.0, vocab_size=vocab_size
     )
 
 

@@ -1,4 +1,4 @@
-"""A probe of associative recall small enough for a CPU: two layers, half a minute."""
+"""A probe of associative recall small enough for a CPU: two layers, ten seconds."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ from based.recall.mqar import IGNORE, mqar
 class Probe:
     """The task and its training; the defaults are the demo's."""
 
-    length: int = 96
-    pairs: int = 16
-    vocab_size: int = 128
+    length: int = 64
+    pairs: int = 8
+    vocab_size: int = 64
     hidden_size: int = 64
     num_heads: int = 1
-    steps: int = 400
+    steps: int = 300
     batch_size: int = 64
     learning_rate: float = 3e-3
     test_examples: int = 512
@@ -35,6 +35,8 @@ class Probe:
             intermediate_size=2 * self.hidden_size,
             mixers=("gated_convolution", mixer),
             mixer_options={mixer: {"num_heads": self.num_heads, **options}},
+            # Wider than a language model's: recall is found in a tenth of the steps.
+            initializer_range=0.1,
         )
 
 

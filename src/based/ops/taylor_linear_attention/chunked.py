@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from based.ops.precision import without_autocast
 from based.ops.taylor_linear_attention.features import (
     key_features,
     num_features,
@@ -26,6 +27,7 @@ CHUNK = 128
 BLOCK_ELEMENTS = 1 << 22
 
 
+@without_autocast
 def taylor_linear_attention(
     q: Float[Tensor, "B T H K"],
     k: Float[Tensor, "B T H K"],

@@ -4,9 +4,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from based.ops.precision import without_autocast
 from based.ops.taylor_linear_attention.features import key_features, query_features
 
 
+@without_autocast
 def taylor_linear_attention_step(
     q: Float[Tensor, "B H K"],
     k: Float[Tensor, "B H K"],

@@ -1,0 +1,11 @@
+"""Evaluation: perplexity, split into what recall can predict and the rest."""
+
+from based.evaluation.perplexity import (
+    Difference,
+    Perplexity,
+    evaluate,
+    paired_difference,
+    recall_hits,
+)
+
+__all__ = ["Difference", "Perplexity", "evaluate", "paired_difference", "recall_hits"]

@@ -1,0 +1,301 @@
+import errno
+import json
+import math
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from based import files
+from based.data.prepare import prepare
+from based.errors import BasedError
+from based.models import load_model
+from based.models.checkpoint import model_folder
+from based.training import TrainConfig, Trainer
+from based.training.metrics import MetricsLog, plot_metrics, read_metrics, smoothed
+from based.training.optimizer import build_optimizer, learning_rate
+
+CPU = torch.device("cpu")
+
+
+class Recorder:
+    """A reporter that remembers, and may interfere after a step."""
+
+    def __init__(self, after_step=lambda step: None) -> None:
+        self.steps, self.evaluations, self.messages = [], [], []
+        self._after_step = after_step
+
+    def on_step(self, step) -> None:
+        self.steps.append(step)
+        self._after_step(step)
+
+    def on_evaluation(self, step, result) -> None:
+        self.evaluations.append((step, result))
+
+    def on_message(self, text) -> None:
+        self.messages.append(text)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "a.txt").write_text("the cat sat on the mat, and the dog saw the cat. " * 200)
+    prepare([folder / "a.txt"], folder / "out", 280)
+    return folder / "out"
+
+
+@pytest.fixture
+def config(data) -> TrainConfig:
+    return TrainConfig(
+        data=data,
+        steps=12,
+        batch_size=4,
+        accumulation=2,
+        length=16,
+        warmup_steps=3,
+        evaluate_every=6,
+        checkpoint_every=4,
+    )
+
+
+def train(config, folder, recorder=None) -> Recorder:
+    recorder = recorder or Recorder()
+    Trainer(config, folder, recorder, CPU).train()
+    return recorder
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return load_model(folder / "model").state_dict()
+
+
+def assert_bitwise(a: Path, b: Path) -> None:
+    first, second = weights(a), weights(b)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+    def numbers(folder):
+        rows = read_metrics(folder / "metrics.jsonl")
+        return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]
+
+    assert numbers(a) == numbers(b)
+
+
+def test_a_run_learns_and_leaves_all_it_promises(config, tmp_path) -> None:
+    recorder = train(replace(config, steps=60), tmp_path / "run")
+    losses = [step.loss for step in recorder.steps]
+    assert sum(losses[-10:]) < 0.6 * sum(losses[:10])
+    assert recorder.evaluations[-1][0] == 60
+    assert recorder.evaluations[-1][1].perplexity() < 30
+    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == [
+        "step-00000056",
+        "step-00000060",
+    ]
+    assert (tmp_path / "run" / "loss.png").stat().st_size > 5000
+    assert (tmp_path / "run" / "model" / "tokenizer.json").exists()
+    assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 60 + 10
+
+
+def test_resumed_is_never_interrupted_bit_for_bit(config, tmp_path) -> None:
+    train(config, tmp_path / "whole")
+    for stop_after in (5, 9):  # between checkpoints: steps 5 and 9 are lost and done anew
+
+        def fail(step, stop_after=stop_after) -> None:
+            if step.step == stop_after:
+                raise InterruptedError
+
+        with pytest.raises(InterruptedError):
+            train(config, tmp_path / "cut", Recorder(fail))
+    recorder = train(config, tmp_path / "cut")
+    assert recorder.messages == ["going on from the checkpoint of step 8"]
+    assert_bitwise(tmp_path / "whole", tmp_path / "cut")
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from based import files
+from based.training import TrainConfig, Trainer, checkpoint
+sys.path.insert(0, {tests!r})
+from test_training import Recorder
+where, calls = sys.argv[3], 0
+def kill(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+def sync(path, sync=files._sync_one):
+    global calls
+    calls += 1
+    if where == "while syncing" and calls == 9:
+        kill()
+    sync(path)
+files._sync_one = sync
+if where == "before the manifest":
+    count = checkpoint._files
+    checkpoint._files = lambda folder: kill() if "00000008" in str(folder) else count(folder)
+def after(step):
+    if where == "in a step" and step.step == 7:
+        kill()
+torch.set_num_threads(2)
+config = TrainConfig(Path(sys.argv[1]), steps=12, batch_size=4, accumulation=2, length=16,
+                     warmup_steps=3, evaluate_every=6, checkpoint_every=4)
+Trainer(config, Path(sys.argv[2]), Recorder(after), torch.device("cpu")).train()
+"""
+
+
+def test_killed_at_any_moment_a_run_goes_on_bit_for_bit(data, tmp_path) -> None:
+    script = KILLED.format(tests=str(Path(__file__).parent))
+
+    def run(folder, where) -> int:
+        command = [sys.executable, "-c", script, str(data), str(folder), where]
+        return subprocess.run(command, check=False, capture_output=True).returncode
+
+    for where in ("in a step", "before the manifest", "while syncing"):
+        assert run(tmp_path / "killed", where) == -9, where
+    assert run(tmp_path / "killed", "nowhere") == 0
+    assert run(tmp_path / "whole", "nowhere") == 0
+    assert_bitwise(tmp_path / "whole", tmp_path / "killed")
+    assert not list((tmp_path / "killed" / "checkpoints").glob(".*"))
+
+
+def damage(path: Path) -> None:
+    shard = max(path.glob("*.distcp"), key=lambda file: file.stat().st_size)
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+
+
+def test_a_damaged_checkpoint_is_passed_over(config, tmp_path) -> None:
+    run = tmp_path / "run"
+    train(config, run)
+    damage(run / "checkpoints" / "step-00000012")
+    recorder = train(config, run)
+    assert "step 12 is damaged" in recorder.messages[0]
+    assert "going on from the checkpoint of step 8" in recorder.messages[1]
+    damage(run / "checkpoints" / "step-00000012")
+    (run / "checkpoints" / "step-00000008" / "manifest.json").unlink()
+    with pytest.raises(BasedError, match=r"all checkpoints in .* are damaged"):
+        train(config, run)
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(config, tmp_path, monkeypatch) -> None:
+    run, sync = tmp_path / "run", files._sync_one
+
+    def full(path: Path) -> None:
+        if any("step-00000008" in part for part in path.parts):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(path)
+
+    monkeypatch.setattr(files, "_sync_one", full)
+    with pytest.raises(BasedError, match="the disk is full; what was there is kept"):
+        train(config, run)
+    assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-00000004"]
+    monkeypatch.undo()
+    assert train(config, run).messages == ["going on from the checkpoint of step 4"]
+
+
+def test_an_infinite_loss_stops_before_the_weights_are_touched(
+    config, tmp_path, monkeypatch
+) -> None:
+    run = tmp_path / "run"
+
+    def poison(step) -> None:
+        if step.step == 5:
+            monkeypatch.setattr(Trainer, "_loss", lambda self, batch: loss(self, batch) * math.nan)
+
+    loss = Trainer._loss
+    with pytest.raises(BasedError, match=r"loss is nan .* at step 6.*checkpoint of step 4 is kept"):
+        train(config, run, Recorder(poison))
+    monkeypatch.undo()
+    recorder = train(config, run)
+    assert recorder.messages == ["going on from the checkpoint of step 4"]
+    assert all(math.isfinite(step.loss) for step in recorder.steps)
+
+
+def test_asked_to_stop_it_saves_and_stops(config, tmp_path) -> None:
+    recorder = Recorder()
+    trainer = Trainer(config, tmp_path / "run", recorder, CPU)
+    recorder._after_step = lambda step: setattr(trainer, "stop_requested", step.step == 3)
+    assert trainer.train() is None
+    assert "stopped after step 3" in recorder.messages[-1]
+    with pytest.raises(BasedError, match="has not finished"):
+        model_folder(tmp_path / "run")
+    assert train(config, tmp_path / "run").messages == ["going on from the checkpoint of step 3"]
+
+
+def test_other_options_or_a_second_process_are_refused(config, tmp_path) -> None:
+    def another(step) -> None:
+        with pytest.raises(BasedError, match="another process is training"):
+            train(config, tmp_path / "run")
+
+    train(replace(config, steps=2), tmp_path / "run", Recorder(another))
+    with pytest.raises(BasedError, match=r"begun with steps 2, not 12"):
+        train(config, tmp_path / "run")
+    train(replace(config, steps=2, checkpoint_every=5), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"steps": 0}, "steps is 0"),
+        ({"learning_rate": 0.0}, "learning_rate is 0"),
+        ({"accumulation": 3}, "does not divide into 3 micro-batches"),
+        ({"keep_checkpoints": 0}, "keep_checkpoints is 0"),
+    ],
+)
+def test_bad_options(config, change, says) -> None:
+    with pytest.raises(BasedError, match=says):
+        replace(config, **change)
+
+
+def test_bad_runs(config, tmp_path) -> None:
+    for change, says in (
+        ({"length": 10**6}, "use more text or a shorter sequence length"),
+        ({"preset": "based-huge"}, "no preset is named"),
+        ({"window": 0}, "window is 0"),
+        ({"data": tmp_path}, "no token shards"),
+    ):
+        with pytest.raises(BasedError, match=says):
+            Trainer(replace(config, **change), tmp_path / "run", Recorder(), CPU)
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+
+
+def test_accumulation_gives_the_gradient_of_the_whole_batch(config, tmp_path) -> None:
+    gradients = []
+    for parts in (1, 4):
+        trainer = Trainer(
+            replace(config, accumulation=parts), tmp_path / str(parts), Recorder(), CPU
+        )
+        trainer._accumulate(0)
+        gradients.append([p.grad for p in trainer.model.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_only_matrices_decay_and_the_rate_is_warm_up_then_cosine(config) -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
+    decayed, others = build_optimizer(model, config).param_groups
+    assert [p.dim() for p in decayed["params"]] == [2]
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
+    config = replace(config, steps=1000, warmup_steps=100)
+    rates = [learning_rate(config, step) / config.learning_rate for step in range(1001)]
+    assert rates[100] == max(rates) == 1
+    assert rates[0] == pytest.approx(1 / 101)
+    assert rates[550] == pytest.approx(0.55)
+    assert rates[1000] == pytest.approx(0.1)
+
+
+def test_metrics_survive_a_torn_line(tmp_path) -> None:
+    log = MetricsLog(tmp_path / "m.jsonl")
+    for step in range(1, 5):
+        log.append(step=step, tokens=step, loss=float(step))
+    with log.path.open("a") as file:
+        file.write('{"step": 5, "lo')
+    log.keep_until(3)
+    log.append(step=4, tokens=4, loss=0.0)
+    assert [json.loads(line)["loss"] for line in log.path.read_text().splitlines()] == [1, 2, 3, 0]
+    assert smoothed([2.0, 2.0, 2.0]) == pytest.approx([2.0, 2.0, 2.0])
+    plot_metrics(log.rows(), tmp_path / "m.png", "title")
+    assert (tmp_path / "m.png").exists()

@@ -46,7 +46,7 @@ def test_mistakes_are_one_line(tmp_path, capsys) -> None:
         (["info", "based-9b"], "no preset is named 'based-9b'"),
         (["info", "based-360m", "--window", "0"], "window is 0"),
         (["info", "attn-360m", "--budget", "1MB"], "no dials"),
-        (["generate", str(tmp_path / "none")], "there is no"),
+        (["generate", str(tmp_path / "none"), "--prompt", "a"], "there is no"),
         (["generate", str(tmp_path)], "config.json is missing"),
         (["train", str(tmp_path / "r"), "--data", str(tmp_path)], "no token shards"),
     ):

@@ -117,8 +117,8 @@ def test_initialisation() -> None:
     model = Decoder(preset("based-tiny"))
     block = model.blocks[0]
     assert block.mlp.fc1.weight.std().item() == pytest.approx(0.02, rel=0.05)
-    assert block.mlp.fc2.weight.std().item() == pytest.approx(0.02 / 12**0.5, rel=0.05)
-    assert block.mixer.out_proj.weight.std().item() == pytest.approx(0.02 / 12**0.5, rel=0.05)
+    assert block.mlp.fc2.weight.std().item() == pytest.approx(0.02 / 8**0.5, rel=0.05)
+    assert block.mixer.out_proj.weight.std().item() == pytest.approx(0.02 / 8**0.5, rel=0.05)
     assert (block.mixer.in_proj.bias == 0).all()
 
 

@@ -59,10 +59,10 @@ def run(config: Generate) -> None:
         max_new_tokens=config.max_new_tokens,
         stop=config.stop,
     )
-    prompt = _read_prompt(config)
     folder = model_folder(config.model)
     model = load_model(folder, device=pick_device(config.device))
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    prompt = _read_prompt(config)
     length = len(tokenizer.encode(prompt))
     if length > config.max_prompt_tokens:
         raise BasedError(
@@ -86,7 +86,7 @@ def _read_prompt(config: Generate) -> str:
         return data.decode()
     except OSError as error:
         raise BasedError(
-            f"could not read the prompt from {config.file}: {error.strerror}"
+            f"could not read the prompt from {config.file or 'standard input'}: {error}"
         ) from error
     except UnicodeDecodeError as error:
         raise BasedError(f"the prompt is not UTF-8 text (byte {error.start})") from error

@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m benchmarks.NAME` writes benchmarks/results/NAME.jsonl and .png."""

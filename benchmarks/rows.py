@@ -1,0 +1,73 @@
+"""Results as JSON lines, each row with the device, versions and commit it was measured with."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from based import __version__
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def device_name() -> str:
+    """The GPU's name, or the CPU's with its number of threads."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    cpu = platform.processor() or platform.machine()
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc").exists() else []:
+        if line.startswith("model name"):
+            cpu = line.split(":", 1)[1].strip()
+            break
+    return f"{cpu}, {torch.get_num_threads()} threads"
+
+
+def provenance() -> dict[str, str]:
+    """What every row carries."""
+    git = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+    commit = subprocess.run(
+        git, capture_output=True, text=True, check=False, cwd=Path(__file__).parent
+    )
+    return {
+        "device": device_name(),
+        "torch": torch.__version__,
+        "based": __version__,
+        "commit": commit.stdout.strip() or "unknown",
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+    }
+
+
+def write_rows(name: str, rows: list[dict[str, Any]]) -> Path:
+    """Writes NAME.jsonl; rows of other devices that are there already are kept."""
+    path, common = RESULTS / f"{name}.jsonl", provenance()
+    kept = [row for row in read_rows(name) if row["device"] != common["device"]]
+    lines = [json.dumps(row) for row in [*kept, *({**row, **common} for row in rows)]]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def read_rows(name: str) -> list[dict[str, Any]]:
+    """All rows of NAME.jsonl; none if there is no such file."""
+    path = RESULTS / f"{name}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def median_seconds(function: Callable[[], object], repeats: int = 5, warmup: int = 1) -> float:
+    """Median wall-clock seconds of a call on the CPU."""
+    for _ in range(warmup):
+        function()
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)

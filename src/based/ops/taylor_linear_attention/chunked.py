@@ -135,10 +135,12 @@ class _Scan(torch.autograd.Function):
         carry, carries = _rows(states, 0, plan), []
         for span in plan.spans:
             carries.append(carry)
-            parts = [x[:, span.tokens] for x in (q, k, v)]
-            mask = None if exists is None else exists[span.tokens]
+            part = span.tokens
+            mask = None if exists is None else exists[part]
             fresh = {c: _rows(states, i, plan) for c, i in span.begins.items()}
-            out[:, span.tokens], after = _block(*parts, mask, plan.chunk, carry, fresh)
+            out[:, part], after = _block(
+                q[:, part], k[:, part], v[:, part], mask, plan.chunk, carry, fresh
+            )
             for chunk, i in span.ends.items():
                 _rows(finals, i, plan).copy_(after[chunk])
             carry = after[-1]
@@ -148,7 +150,9 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *gradients: Tensor
+    ) -> tuple[Tensor | None, ...]:
         (d_out, d_finals), plan = gradients, ctx.plan
         q, k, v, states, exists, *carries = ctx.saved_tensors
         d_inputs = [torch.empty_like(x) for x in (q, k, v)]
@@ -159,11 +163,12 @@ class _Scan(torch.autograd.Function):
                 parts = [x[:, span.tokens] for x in (q, k, v)]
                 mask = None if exists is None else exists[span.tokens]
                 leaves = [x.detach().requires_grad_() for x in (*parts, carry)]
+                q_part, k_part, v_part, before = leaves
                 fresh = {
                     c: _rows(states, i, plan).detach().requires_grad_()
                     for c, i in span.begins.items()
                 }
-                out, after = _block(*leaves[:3], mask, plan.chunk, leaves[3], fresh)
+                out, after = _block(q_part, k_part, v_part, mask, plan.chunk, before, fresh)
             outputs = [out, *(after[c] for c in span.ends)]
             d_outputs = [d_out[:, span.tokens]]
             d_outputs += [_rows(d_finals, i, plan) for i in span.ends.values()]

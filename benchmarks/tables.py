@@ -1,0 +1,79 @@
+"""README's tables, generated from benchmarks/results: `python -m benchmarks.tables`.
+
+Text between `<!-- table NAME -->` and `<!-- end -->` is replaced.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from based.models.command import human
+from benchmarks.rows import read_rows
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def markdown(headings: list[str], rows: list[list[str]]) -> str:
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def decoding() -> str:
+    rows = read_rows("decoding")
+    body = [
+        [
+            row["model"],
+            f"{row['context']:,}",
+            human(row["state_bytes"]),
+            f"{row['ms_per_token']:.2f}",
+            f"{row['ms_lowest']:.2f} to {row['ms_highest']:.2f}",
+        ]
+        for row in rows
+        if "context" in row
+    ]
+    headings = ["model", "context, tokens", "memory of a sequence", "ms a token", "three rounds"]
+    prefill = next(row for row in rows if "prompt" in row)
+    return markdown(headings, body) + (
+        f"\n\nPrefill of {prefill['prompt']:,} tokens costs "
+        f"{prefill['prefill_over_forward']:.2f} times the plain forward pass. "
+        + measured_on(rows[0])
+    )
+
+
+def taylor_cpu() -> str:
+    rows = read_rows("taylor_cpu")
+    body = [
+        [
+            row["form"],
+            row["direction"],
+            f"{row['length']:,}",
+            f"{row['us_per_token']:.1f}",
+            f"{row['floor_us_per_token']:.1f}",
+            human(row["peak_bytes"]),
+        ]
+        for row in rows
+    ]
+    headings = ["form", "direction", "tokens", "µs a token", "floor", "peak memory added"]
+    return markdown(headings, body) + "\n\n" + measured_on(rows[0])
+
+
+def measured_on(row: dict) -> str:
+    return f"{row['device']}, torch {row['torch']}, commit {row['commit']}, {row['date']}."
+
+
+TABLES: dict[str, Callable[[], str]] = {"decoding": decoding, "taylor_cpu": taylor_cpu}
+
+
+def fill(text: str) -> str:
+    """The README's text with every table made anew."""
+    for name, table in TABLES.items():
+        pattern = rf"(<!-- table {name} -->\n).*?(<!-- end -->)"
+        made = table()
+        text = re.sub(pattern, lambda m, t=made: f"{m[1]}{t}\n{m[2]}", text, flags=re.DOTALL)
+    return text
+
+
+if __name__ == "__main__":
+    README.write_text(fill(README.read_text()))

@@ -21,7 +21,7 @@ def main(group):
     check_this_python()
     stamp = os.path.join(VENV, ".ready-" + group)
     wanted = fingerprint()
-    if os.path.exists(stamp) and open(stamp).read() == wanted and works(PYTHON):
+    if stamped(stamp) == wanted and works(PYTHON):
         return
     if not works(PYTHON):
         make_venv()
@@ -55,6 +55,14 @@ def fingerprint():
         with open(os.path.join(ROOT, name), "rb") as file:
             digest.update(file.read())
     return digest.hexdigest()
+
+
+def stamped(path):
+    """What the last finished installation wrote; None if none finished."""
+    if not os.path.exists(path):
+        return None
+    with open(path) as file:
+        return file.read()
 
 
 def works(python):

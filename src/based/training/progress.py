@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from types import TracebackType
-from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -38,7 +37,7 @@ class TrainingProgress:
         self._task = self._progress.add_task(name, total=steps, numbers="")
         self._live, self._name = live, name
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> TrainingProgress:
         self._progress.start()
         return self
 

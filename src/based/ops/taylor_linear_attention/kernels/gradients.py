@@ -19,6 +19,7 @@ from based.ops.taylor_linear_attention.kernels.features import (
     rest_weights,
 )
 from based.ops.taylor_linear_attention.kernels.outputs import load_entries, load_rows
+from based.ops.tensor_core import dot, dot_add
 
 
 @triton.jit
@@ -53,12 +54,10 @@ def sum_deltas(
 
 
 @triton.jit
-def through_product(
-    d_phi, u, w, P1, P2, dtype: tl.constexpr, PRECISION: tl.constexpr
-):
+def through_product(d_phi, u, w, P1, P2, dtype: tl.constexpr, PRECISION: tl.constexpr):
     """The gradient of x where phi = (x P1 + b1) * (x P2 + b2) = u * w."""
-    d_x = tl.dot((d_phi * w).to(dtype), tl.trans(P1), input_precision=PRECISION)
-    return tl.dot((d_phi * u).to(dtype), tl.trans(P2), d_x, input_precision=PRECISION)
+    d_x = dot((d_phi * w).to(dtype), tl.trans(P1), PRECISION)
+    return dot_add((d_phi * u).to(dtype), tl.trans(P2), d_x, PRECISION)
 
 
 @triton.jit
@@ -138,12 +137,19 @@ def query_gradients(
                 P1, P2 = P1.to(DTYPE), P2.to(DTYPE)
                 rows, exists = diagonal_places(tile, K, BF)
                 state = load_rows(
-                    numerator_ptr, strip_numerator_ptr, in_segment, HAS_STATE, rows, exists, value, V
+                    numerator_ptr,
+                    strip_numerator_ptr,
+                    in_segment,
+                    HAS_STATE,
+                    rows,
+                    exists,
+                    value,
+                    V,
                 )
-                d_phi = tl.dot(g, tl.trans(state.to(DTYPE)), input_precision=PRECISION)
+                d_phi = dot(g, tl.trans(state.to(DTYPE)), PRECISION)
                 d_phi *= diagonal_weights(tile, K, BF)[None, :]
-                u = tl.dot(q, P1, input_precision=PRECISION)
-                w = tl.dot(q, P2, input_precision=PRECISION)
+                u = dot(q, P1, PRECISION)
+                w = dot(q, P2, PRECISION)
                 d_q += through_product(d_phi, u, w, P1, P2, DTYPE, PRECISION)
             R1, R2 = rest_selectors(K, KP, BR)
             R1, R2 = R1.to(DTYPE), R2.to(DTYPE)
@@ -152,10 +158,10 @@ def query_gradients(
             state = load_rows(
                 numerator_ptr, strip_numerator_ptr, in_segment, HAS_STATE, rows, exists, value, V
             )
-            d_phi = tl.dot(g, tl.trans(state.to(DTYPE)), input_precision=PRECISION)
+            d_phi = dot(g, tl.trans(state.to(DTYPE)), PRECISION)
             d_phi *= rest_weights(K, BR, SCALE)[None, :]
-            u = tl.dot(q, R1, input_precision=PRECISION) + b1[None, :]
-            w = tl.dot(q, R2, input_precision=PRECISION) + b2[None, :]
+            u = dot(q, R1, PRECISION) + b1[None, :]
+            w = dot(q, R2, PRECISION) + b2[None, :]
             d_q += through_product(d_phi, u, w, R1, R2, DTYPE, PRECISION)
 
             entry, exists = pair_places(K, KP)
@@ -164,9 +170,14 @@ def query_gradients(
             )
             pairs *= pair_weights(K, KP)
             linear = load_entries(
-                normaliser_ptr, strip_normaliser_ptr, in_segment, HAS_STATE, 1 + feature, feature < K
+                normaliser_ptr,
+                strip_normaliser_ptr,
+                in_segment,
+                HAS_STATE,
+                1 + feature,
+                feature < K,
             )
-            terms = tl.dot(q.to(tl.float32), pairs + tl.trans(pairs), input_precision=PRECISION)
+            terms = dot(q.to(tl.float32), pairs + tl.trans(pairs), PRECISION)
             d_q += delta[:, None] * (terms + SCALE * linear[None, :])
         for key in range(begin, first + BQ, BK):
             index = key + tl.arange(0, BK)
@@ -181,10 +192,10 @@ def query_gradients(
                 mask=(index < end)[None, :] & (value < V)[:, None],
                 other=0.0,
             ).to(DTYPE)
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * SCALE
-            d_a = tl.dot(g, v, input_precision=PRECISION) + delta[:, None]
+            s = dot(q, tl.trans(k), PRECISION) * SCALE
+            d_a = dot(g, v, PRECISION) + delta[:, None]
             d_s = tl.where(index[None, :] <= token[:, None], d_a * (1 + s) * SCALE, 0.0)
-            d_q = tl.dot(d_s.to(DTYPE), k, d_q, input_precision=PRECISION)
+            d_q = dot_add(d_s.to(DTYPE), k, d_q, PRECISION)
         tl.store(
             d_q_ptr + (place[:, None] * H + head) * K + feature[None, :],
             d_q.to(d_q_ptr.dtype.element_ty),
@@ -268,12 +279,19 @@ def key_gradients(
                 P1, P2 = P1.to(DTYPE), P2.to(DTYPE)
                 rows, exists = diagonal_places(tile, K, BF)
                 state = load_rows(
-                    numerator_ptr, strip_numerator_ptr, in_segment, HAS_STATE, rows, exists, value, V
+                    numerator_ptr,
+                    strip_numerator_ptr,
+                    in_segment,
+                    HAS_STATE,
+                    rows,
+                    exists,
+                    value,
+                    V,
                 ).to(DTYPE)
-                u = tl.dot(k, P1, input_precision=PRECISION)
-                w = tl.dot(k, P2, input_precision=PRECISION)
-                d_v = tl.dot((u * w).to(DTYPE), state, d_v, input_precision=PRECISION)
-                d_phi = tl.dot(v, tl.trans(state), input_precision=PRECISION)
+                u = dot(k, P1, PRECISION)
+                w = dot(k, P2, PRECISION)
+                d_v = dot_add((u * w).to(DTYPE), state, d_v, PRECISION)
+                d_phi = dot(v, tl.trans(state), PRECISION)
                 d_k += through_product(d_phi, u, w, P1, P2, DTYPE, PRECISION)
             R1, R2 = rest_selectors(K, KP, BR)
             R1, R2 = R1.to(DTYPE), R2.to(DTYPE)
@@ -282,10 +300,10 @@ def key_gradients(
             state = load_rows(
                 numerator_ptr, strip_numerator_ptr, in_segment, HAS_STATE, rows, exists, value, V
             ).to(DTYPE)
-            u = tl.dot(k, R1, input_precision=PRECISION) + b1[None, :]
-            w = tl.dot(k, R2, input_precision=PRECISION) + b2[None, :]
-            d_v = tl.dot((u * w).to(DTYPE), state, d_v, input_precision=PRECISION)
-            d_phi = tl.dot(v, tl.trans(state), input_precision=PRECISION)
+            u = dot(k, R1, PRECISION) + b1[None, :]
+            w = dot(k, R2, PRECISION) + b2[None, :]
+            d_v = dot_add((u * w).to(DTYPE), state, d_v, PRECISION)
+            d_phi = dot(v, tl.trans(state), PRECISION)
             d_k += through_product(d_phi, u, w, R1, R2, DTYPE, PRECISION)
 
             entry, exists = pair_places(K, KP)
@@ -293,9 +311,14 @@ def key_gradients(
                 normaliser_ptr, strip_normaliser_ptr, in_segment, HAS_STATE, entry, exists
             )
             linear = load_entries(
-                normaliser_ptr, strip_normaliser_ptr, in_segment, HAS_STATE, 1 + feature, feature < K
+                normaliser_ptr,
+                strip_normaliser_ptr,
+                in_segment,
+                HAS_STATE,
+                1 + feature,
+                feature < K,
             )
-            d_k += tl.dot(k.to(tl.float32), pairs + tl.trans(pairs), input_precision=PRECISION)
+            d_k += dot(k.to(tl.float32), pairs + tl.trans(pairs), PRECISION)
             d_k += linear[None, :]
         for query in range(first, end, BQ):
             token = query + tl.arange(0, BQ)
@@ -315,12 +338,12 @@ def key_gradients(
             delta = tl.load(delta_ptr + place * H + head, mask=known, other=0.0)
             g = (g / below[:, None]).to(DTYPE)
             seen = index[:, None] <= token[None, :]
-            s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * SCALE
+            s = dot(k, tl.trans(q), PRECISION) * SCALE
             a = tl.where(seen, 1 + s * (1 + 0.5 * s), 0.0)
-            d_v = tl.dot(a.to(DTYPE), g, d_v, input_precision=PRECISION)
-            d_a = tl.dot(v, tl.trans(g), input_precision=PRECISION) + delta[None, :]
+            d_v = dot_add(a.to(DTYPE), g, d_v, PRECISION)
+            d_a = dot(v, tl.trans(g), PRECISION) + delta[None, :]
             d_s = tl.where(seen, d_a * (1 + s) * SCALE, 0.0)
-            d_k = tl.dot(d_s.to(DTYPE), q, d_k, input_precision=PRECISION)
+            d_k = dot_add(d_s.to(DTYPE), q, d_k, PRECISION)
         tl.store(
             d_k_ptr + (row[:, None] * H + head) * K + feature[None, :],
             d_k.to(d_k_ptr.dtype.element_ty),

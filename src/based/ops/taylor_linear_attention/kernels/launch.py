@@ -18,6 +18,11 @@ from based.ops.taylor_linear_attention.kernels.outputs import attend
 from based.ops.taylor_linear_attention.kernels.segments import Segments, divide, divide_evenly
 from based.ops.taylor_linear_attention.kernels.states import carry_states, sum_states
 
+# Tiles, warps and stages of each kernel.
+STATES = {"C": 64, "num_warps": 4, "num_stages": 3}
+ATTEND = {"BQ": 128, "BK": 64, "num_warps": 4, "num_stages": 2}
+QUERY_GRADIENTS = {"BQ": 64, "BK": 64, "num_warps": 4, "num_stages": 2}
+KEY_GRADIENTS = {"BQ": 64, "BK": 64, "num_warps": 4, "num_stages": 2}
 # Enough programs to fill the largest GPUs, where one walks a strip of segments.
 PROGRAMS = 512
 
@@ -74,9 +79,7 @@ def segments_of(
     if cu_seqlens is None:
         return divide_evenly(B, T, length, per_strip, q.device)
     N = len(cu_seqlens) - 1
-    return divide(
-        cu_seqlens, T // length + N, T // (length * per_strip) + N, length, per_strip
-    )
+    return divide(cu_seqlens, T // length + N, T // (length * per_strip) + N, length, per_strip)
 
 
 def strips_follow(segments: Segments) -> bool:
@@ -110,18 +113,37 @@ def run_states(
     tiles = triton.cdiv(shape.K**2 // 2, constants["BF"]) * triton.cdiv(V, BV)
     denominator, delta = queries or (states.normaliser, states.normaliser)
     sum_states[S, H, tiles](
-        x, y, denominator, delta, segments.strips, *states,
-        x.stride(1), x.stride(2), y.stride(1), y.stride(2), H,
-        QUERIES=queries is not None, BV=BV, C=64, LENGTH=segments.length, **constants,
-        num_warps=4, num_stages=3,
+        x,
+        y,
+        denominator,
+        delta,
+        segments.strips,
+        *states,
+        x.stride(1),
+        x.stride(2),
+        y.stride(1),
+        y.stride(2),
+        H,
+        QUERIES=queries is not None,
+        BV=BV,
+        LENGTH=segments.length,
+        **constants,
+        **STATES,
     )
     totals = []
     for part, start in zip(states[2:], beyond, strict=True):
         E = F * V if part.dim() == 4 else F
         total = x.new_empty((N, *part.shape[1:]), dtype=torch.float32)
         carry_states[N, H, triton.cdiv(E, 1024)](
-            part, total if start is None else start, total, segments.strip_edges, H, E,
-            HAS_INITIAL=start is not None, REVERSE=queries is not None, BLOCK=1024,
+            part,
+            total if start is None else start,
+            total,
+            segments.strip_edges,
+            H,
+            E,
+            HAS_INITIAL=start is not None,
+            REVERSE=queries is not None,
+            BLOCK=1024,
         )
         totals.append(total)
     return states, totals[0], totals[1]
@@ -149,13 +171,23 @@ def forward(
     q, k, v = flat(q), flat(k), flat(v)
     states, final, final_normaliser = run_states(shape, segments, k, v, (numerator, denominator))
     V, M = shape.V, len(segments.segments)
-    BV, BQ = min(128, max(16, triton.next_power_of_2(V))), 128
-    attend[M * (length // BQ), shape.heads, triton.cdiv(V, BV)](
-        q, k, v, out, below, segments.segments, *states,
-        *(stride for x in (q, k, v) for stride in x.stride()[1:3]), shape.heads,
+    BV = min(128, max(16, triton.next_power_of_2(V)))
+    attend[M * (length // ATTEND["BQ"]), shape.heads, triton.cdiv(V, BV)](
+        q,
+        k,
+        v,
+        out,
+        below,
+        segments.segments,
+        *states,
+        *(stride for x in (q, k, v) for stride in x.stride()[1:3]),
+        shape.heads,
         HAS_STATE=numerator is not None or strips_follow(segments),
-        BV=BV, BQ=BQ, BK=64, LENGTH=length, DTYPE=shape.triton_dtype, **shape.constants,
-        num_warps=4, num_stages=2,
+        BV=BV,
+        LENGTH=length,
+        DTYPE=shape.triton_dtype,
+        **shape.constants,
+        **ATTEND,
     )
     return out, final, final_normaliser, below, list(states)
 
@@ -182,7 +214,17 @@ def backward(
     H, V, M, T = shape.heads, shape.V, len(segments.segments), q.shape[1]
     BV = max(16, triton.next_power_of_2(V))
     sum_deltas[triton.cdiv(T, 64), H](
-        out, d_out, below, delta, d_out.stride(1), d_out.stride(2), T, H, V=V, BV=BV, BT=64,
+        out,
+        d_out,
+        below,
+        delta,
+        d_out.stride(1),
+        d_out.stride(2),
+        T,
+        H,
+        V=V,
+        BV=BV,
+        BT=64,
     )
     beyond = (d_numerator, d_denominator)
     after, d_initial, d_initial_normaliser = run_states(
@@ -191,13 +233,37 @@ def backward(
     strides = [stride for x in (q, k, v, d_out) for stride in x.stride()[1:3]]
     follow = strips_follow(segments)
     common = {"BV": BV, "LENGTH": length, "DTYPE": shape.triton_dtype, **shape.constants}
-    query_gradients[M * (length // 64), H](
-        q, k, v, d_out, below, delta, d_q, segments.segments, *states, *strides, H,
-        HAS_STATE=has_initial or follow, BQ=64, BK=64, **common, num_warps=4, num_stages=2,
+    query_gradients[M * (length // QUERY_GRADIENTS["BQ"]), H](
+        q,
+        k,
+        v,
+        d_out,
+        below,
+        delta,
+        d_q,
+        segments.segments,
+        *states,
+        *strides,
+        H,
+        HAS_STATE=has_initial or follow,
+        **common,
+        **QUERY_GRADIENTS,
     )
-    key_gradients[M * (length // 64), H](
-        q, k, v, d_out, below, delta, d_k, d_v, segments.segments, *after, *strides, H,
-        HAS_STATE=d_numerator is not None or follow, BQ=64, BK=64, **common,
-        num_warps=4, num_stages=2,
+    key_gradients[M * (length // KEY_GRADIENTS["BK"]), H](
+        q,
+        k,
+        v,
+        d_out,
+        below,
+        delta,
+        d_k,
+        d_v,
+        segments.segments,
+        *after,
+        *strides,
+        H,
+        HAS_STATE=d_numerator is not None or follow,
+        **common,
+        **KEY_GRADIENTS,
     )
     return d_q, d_k, d_v, d_initial, d_initial_normaliser

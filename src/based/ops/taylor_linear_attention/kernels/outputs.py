@@ -14,12 +14,11 @@ from based.ops.taylor_linear_attention.kernels.features import (
     rest_selectors,
     rest_weights,
 )
+from based.ops.tensor_core import dot, dot_add
 
 
 @triton.jit
-def load_rows(
-    segment_ptr, strip_ptr, in_segment, in_strip, place, exists, value, V: tl.constexpr
-):
+def load_rows(segment_ptr, strip_ptr, in_segment, in_strip, place, exists, value, V: tl.constexpr):
     """Rows `place` of a state, float32 [., BV]: its strip's part and what came before that."""
     offset = place[:, None] * V + value[None, :]
     mask = exists[:, None] & (value < V)[None, :]
@@ -99,24 +98,31 @@ def attend(
             strip_normaliser_ptr += (strip * H + head) * F
             for tile in tl.static_range(TILES):
                 P1, P2 = diagonal_selectors(tile, K, KP, BF)
-                phi = tl.dot(q, P1.to(DTYPE), input_precision=PRECISION)
-                phi *= tl.dot(q, P2.to(DTYPE), input_precision=PRECISION)
+                phi = dot(q, P1.to(DTYPE), PRECISION)
+                phi *= dot(q, P2.to(DTYPE), PRECISION)
                 phi *= diagonal_weights(tile, K, BF)[None, :]
                 rows, exists = diagonal_places(tile, K, BF)
                 state = load_rows(
-                    numerator_ptr, strip_numerator_ptr, in_segment, HAS_STATE, rows, exists, value, V
+                    numerator_ptr,
+                    strip_numerator_ptr,
+                    in_segment,
+                    HAS_STATE,
+                    rows,
+                    exists,
+                    value,
+                    V,
                 )
-                acc = tl.dot(phi.to(DTYPE), state.to(DTYPE), acc, input_precision=PRECISION)
+                acc = dot_add(phi.to(DTYPE), state.to(DTYPE), acc, PRECISION)
             R1, R2 = rest_selectors(K, KP, BR)
             b1, b2 = rest_biases(K, BR)
-            phi = tl.dot(q, R1.to(DTYPE), input_precision=PRECISION) + b1[None, :]
-            phi *= tl.dot(q, R2.to(DTYPE), input_precision=PRECISION) + b2[None, :]
+            phi = dot(q, R1.to(DTYPE), PRECISION) + b1[None, :]
+            phi *= dot(q, R2.to(DTYPE), PRECISION) + b2[None, :]
             phi *= rest_weights(K, BR, SCALE)[None, :]
             rows, exists = rest_places(K, BR)
             state = load_rows(
                 numerator_ptr, strip_numerator_ptr, in_segment, HAS_STATE, rows, exists, value, V
             )
-            acc = tl.dot(phi.to(DTYPE), state.to(DTYPE), acc, input_precision=PRECISION)
+            acc = dot_add(phi.to(DTYPE), state.to(DTYPE), acc, PRECISION)
 
             entry, exists = pair_places(K, KP)
             pairs = load_entries(
@@ -124,13 +130,23 @@ def attend(
             )
             pairs *= pair_weights(K, KP)
             linear = load_entries(
-                normaliser_ptr, strip_normaliser_ptr, in_segment, HAS_STATE, 1 + feature, feature < K
+                normaliser_ptr,
+                strip_normaliser_ptr,
+                in_segment,
+                HAS_STATE,
+                1 + feature,
+                feature < K,
             )
             constant = load_entries(
-                normaliser_ptr, strip_normaliser_ptr, in_segment, HAS_STATE, 0 * feature, feature == 0
+                normaliser_ptr,
+                strip_normaliser_ptr,
+                in_segment,
+                HAS_STATE,
+                0 * feature,
+                feature == 0,
             )
             wide = q.to(tl.float32)
-            terms = tl.dot(wide, pairs, input_precision=PRECISION) + SCALE * linear[None, :]
+            terms = dot(wide, pairs, PRECISION) + SCALE * linear[None, :]
             below = tl.sum(wide * terms, 1) + tl.sum(constant, 0)
         for key in range(begin, first + BQ, BK):
             index = key + tl.arange(0, BK)
@@ -145,10 +161,10 @@ def attend(
                 mask=(index < end)[:, None] & (value < V)[None, :],
                 other=0.0,
             ).to(DTYPE)
-            s = tl.dot(q, k, input_precision=PRECISION) * SCALE
+            s = dot(q, k, PRECISION) * SCALE
             a = tl.where(index[None, :] <= token[:, None], 1 + s * (1 + 0.5 * s), 0.0)
             below += tl.sum(a, 1)
-            acc = tl.dot(a.to(DTYPE), v, acc, input_precision=PRECISION)
+            acc = dot_add(a.to(DTYPE), v, acc, PRECISION)
         out = acc / below[:, None]
         tl.store(
             out_ptr + (place[:, None] * H + head) * V + value[None, :],

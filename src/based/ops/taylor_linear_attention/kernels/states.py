@@ -14,6 +14,7 @@ from based.ops.taylor_linear_attention.kernels.features import (
     rest_selectors,
     rest_weights,
 )
+from based.ops.tensor_core import dot, dot_add
 
 
 @triton.jit
@@ -79,9 +80,23 @@ def sum_states(
             if number > 0:
                 slot = (first_segment + place) * H + head
                 _store(
-                    numerator_ptr + slot * F * V, normaliser_ptr + slot * F,
-                    diagonal, rest, pairs, linear, constant, tile, v_tile, value,
-                    K, KP, V, BF, BR, QUERIES, SCALE,
+                    numerator_ptr + slot * F * V,
+                    normaliser_ptr + slot * F,
+                    diagonal,
+                    rest,
+                    pairs,
+                    linear,
+                    constant,
+                    tile,
+                    v_tile,
+                    value,
+                    K,
+                    KP,
+                    V,
+                    BF,
+                    BR,
+                    QUERIES,
+                    SCALE,
                 )
             for chunk in range(LENGTH // C):
                 token = begin + place * LENGTH + chunk * C + tl.arange(0, C)
@@ -103,38 +118,66 @@ def sum_states(
                     y = y.to(tl.float32) / below[:, None]
                     w = tl.load(delta_ptr + token * H + head, mask=real, other=0.0)
                 y = y.to(dtype)
-                u = tl.dot(P1, x, input_precision=PRECISION)
-                phi = u * tl.dot(P2, x, input_precision=PRECISION)
+                u = dot(P1, x, PRECISION)
+                phi = u * dot(P2, x, PRECISION)
                 if QUERIES:
                     phi *= weight
-                diagonal = tl.dot(phi.to(dtype), y, diagonal, input_precision=PRECISION)
+                diagonal = dot_add(phi.to(dtype), y, diagonal, PRECISION)
                 if tile == 0:
-                    u = tl.dot(R1, x, input_precision=PRECISION) + b1[:, None]
-                    phi = u * (tl.dot(R2, x, input_precision=PRECISION) + b2[:, None])
+                    u = dot(R1, x, PRECISION) + b1[:, None]
+                    phi = u * (dot(R2, x, PRECISION) + b2[:, None])
                     if QUERIES:
                         phi *= rest_weights(K, BR, SCALE)[:, None]
-                    rest = tl.dot(phi.to(dtype), y, rest, input_precision=PRECISION)
+                    rest = dot_add(phi.to(dtype), y, rest, PRECISION)
                     if v_tile == 0:
                         xw = x.to(tl.float32) * w[None, :]
                         if QUERIES:
-                            pairs = tl.dot(xw, tl.trans(x.to(tl.float32)), pairs, input_precision=PRECISION)
+                            pairs = dot_add(xw, tl.trans(x.to(tl.float32)), pairs, PRECISION)
                         else:
-                            pairs = tl.dot(x, tl.trans(x), pairs, input_precision=PRECISION)
+                            pairs = dot_add(x, tl.trans(x), pairs, PRECISION)
                         linear += tl.sum(xw, 1)
                         constant += tl.sum(w, 0)
         slot = strip.to(tl.int64) * H + head
         _store(
-            strip_numerator_ptr + slot * F * V, strip_normaliser_ptr + slot * F,
-            diagonal, rest, pairs, linear, constant, tile, v_tile, value,
-            K, KP, V, BF, BR, QUERIES, SCALE,
+            strip_numerator_ptr + slot * F * V,
+            strip_normaliser_ptr + slot * F,
+            diagonal,
+            rest,
+            pairs,
+            linear,
+            constant,
+            tile,
+            v_tile,
+            value,
+            K,
+            KP,
+            V,
+            BF,
+            BR,
+            QUERIES,
+            SCALE,
         )
 
 
 @triton.jit
 def _store(
-    numerator_ptr, normaliser_ptr, diagonal, rest, pairs, linear, constant, tile, v_tile, value,
-    K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, BF: tl.constexpr, BR: tl.constexpr,
-    QUERIES: tl.constexpr, SCALE: tl.constexpr,
+    numerator_ptr,
+    normaliser_ptr,
+    diagonal,
+    rest,
+    pairs,
+    linear,
+    constant,
+    tile,
+    v_tile,
+    value,
+    K: tl.constexpr,
+    KP: tl.constexpr,
+    V: tl.constexpr,
+    BF: tl.constexpr,
+    BR: tl.constexpr,
+    QUERIES: tl.constexpr,
+    SCALE: tl.constexpr,
 ):
     """Writes one state in the layout of `features.py`."""
     dtype = numerator_ptr.dtype.element_ty

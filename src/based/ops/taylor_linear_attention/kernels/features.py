@@ -87,3 +87,27 @@ def pair_weights(K: tl.constexpr, KP: tl.constexpr):
     i = tl.arange(0, KP)[:, None]
     j = tl.arange(0, KP)[None, :]
     return tl.where(i == j, 0.5 / K, 1.0 / K)
+
+
+@triton.jit
+def normaliser_places(K: tl.constexpr, KP: tl.constexpr, BR: tl.constexpr):
+    """Where (rest feature) x_j stands in a state, [BR, KP], and which of them count.
+
+    Row 0 holds the linear terms; row 1 + i the products x_i x_j, each pair once.
+    """
+    row = tl.arange(0, BR)[:, None]
+    j = tl.arange(0, KP)[None, :]
+    i = row - 1
+    shift = (j - i + K) % K
+    pair = (row >= 1) & (row <= K) & ((shift < K // 2) | ((shift == K // 2) & (i < K // 2)))
+    place = tl.where(row == 0, 1 + j, 1 + K + shift * K + i)
+    return place, (pair | (row == 0)) & (j < K)
+
+
+@triton.jit
+def normaliser_weights(K: tl.constexpr, KP: tl.constexpr, BR: tl.constexpr, SCALE: tl.constexpr):
+    """The query's Taylor weights of the same, [BR, KP]."""
+    row = tl.arange(0, BR)[:, None]
+    j = tl.arange(0, KP)[None, :]
+    pair = tl.where(row == j + 1, 0.5 / K, 1.0 / K)
+    return tl.where(row == 0, SCALE, pair)

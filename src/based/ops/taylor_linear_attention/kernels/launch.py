@@ -19,10 +19,10 @@ from based.ops.taylor_linear_attention.kernels.segments import Segments, divide,
 from based.ops.taylor_linear_attention.kernels.states import carry_states, sum_states
 
 # Tiles, warps and stages of each kernel.
-STATES = {"C": 64, "num_warps": 4, "num_stages": 3}
-ATTEND = {"BQ": 128, "BK": 64, "num_warps": 4, "num_stages": 2}
-QUERY_GRADIENTS = {"BQ": 64, "BK": 64, "num_warps": 4, "num_stages": 2}
-KEY_GRADIENTS = {"BQ": 64, "BK": 64, "num_warps": 4, "num_stages": 2}
+STATES = {"C": 64, "num_warps": 8, "num_stages": 3}
+ATTEND = {"BQ": 128, "BK": 64, "num_warps": 8, "num_stages": 2}
+QUERY_GRADIENTS = {"BF": 64, "BQ": 64, "BK": 64, "num_warps": 4, "num_stages": 2}
+KEY_GRADIENTS = {"BF": 64, "BQ": 64, "BK": 64, "num_warps": 4, "num_stages": 2}
 # Enough programs to fill the largest GPUs, where one walks a strip of segments.
 PROGRAMS = 512
 
@@ -54,7 +54,7 @@ class Shape(NamedTuple):
             "V": self.V,
             "F": num_features(K),
             "BF": min(128, triton.next_power_of_2(K * K // 2)),
-            "BR": triton.next_power_of_2(1 + K + K // 2),
+            "BR": max(64, triton.next_power_of_2(1 + K + K // 2)),
             "SCALE": K**-0.5,
             "PRECISION": "ieee" if wide else "tf32",
         }
@@ -246,8 +246,7 @@ def backward(
         *strides,
         H,
         HAS_STATE=has_initial or follow,
-        **common,
-        **QUERY_GRADIENTS,
+        **(common | QUERY_GRADIENTS),
     )
     key_gradients[M * (length // KEY_GRADIENTS["BK"]), H](
         q,
@@ -263,7 +262,6 @@ def backward(
         *strides,
         H,
         HAS_STATE=d_numerator is not None or follow,
-        **common,
-        **KEY_GRADIENTS,
+        **(common | KEY_GRADIENTS),
     )
     return d_q, d_k, d_v, d_initial, d_initial_normaliser

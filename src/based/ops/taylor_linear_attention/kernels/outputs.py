@@ -74,6 +74,7 @@ def attend(
     BLOCKS: tl.constexpr = LENGTH // BQ
     TILES: tl.constexpr = (K * K // 2 + BF - 1) // BF
     segment, head, v_tile = tl.program_id(0) // BLOCKS, tl.program_id(1), tl.program_id(2)
+    v_tile = v_tile % ((V + BV - 1) // BV)
     begin = tl.load(segments_ptr + segment * 6 + 1)
     end = tl.load(segments_ptr + segment * 6 + 2)
     strip = tl.load(segments_ptr + segment * 6 + 3).to(tl.int64)

@@ -7,8 +7,8 @@ from based.ops.taylor_linear_attention.kernels.features import (
     diagonal_places,
     diagonal_selectors,
     diagonal_weights,
-    pair_places,
-    pair_weights,
+    normaliser_places,
+    normaliser_weights,
     rest_biases,
     rest_places,
     rest_selectors,
@@ -53,7 +53,8 @@ def sum_states(
     """
     strip, head = tl.program_id(0), tl.program_id(1)
     TILES: tl.constexpr = (K * K // 2 + BF - 1) // BF
-    tile, v_tile = tl.program_id(2) % TILES, tl.program_id(2) // TILES
+    # The remainders by 1 fold to 0, and with them the conditions below.
+    tile, v_tile = tl.program_id(2) % TILES, tl.program_id(2) // TILES % ((V + BV - 1) // BV)
     begin = tl.load(strips_ptr + strip * 4 + 1)
     end = tl.load(strips_ptr + strip * 4 + 2)
     first_segment = tl.load(strips_ptr + strip * 4 + 3).to(tl.int64)
@@ -68,10 +69,12 @@ def sum_states(
         b1, b2 = rest_biases(K, BR)
         diagonal = tl.zeros([BF, BV], tl.float32)
         rest = tl.zeros([BR, BV], tl.float32)
-        pairs = tl.zeros([KP, KP], tl.float32)
-        linear = tl.zeros([KP], tl.float32)
+        # Rest features times x: its rows 0 .. K are sums of x and of x x^T, the normaliser.
+        pairs = tl.zeros([BR, KP], tl.float32)
         constant = 0.0
-        weight = diagonal_weights(tile, K, BF)[:, None]
+        local = tl.arange(0, C)
+        x_offset = local[None, :] * x_stride_t + feature[:, None]
+        y_offset = local[:, None] * y_stride_t + value[None, :]
         count = (end - begin + LENGTH - 1) // LENGTH
         for number in range(count):
             place = number
@@ -79,13 +82,12 @@ def sum_states(
                 place = count - 1 - number
             if number > 0:
                 slot = (first_segment + place) * H + head
-                _store(
+                store_state(
                     numerator_ptr + slot * F * V,
                     normaliser_ptr + slot * F,
                     diagonal,
                     rest,
                     pairs,
-                    linear,
                     constant,
                     tile,
                     v_tile,
@@ -99,52 +101,44 @@ def sum_states(
                     SCALE,
                 )
             for chunk in range(LENGTH // C):
-                token = begin + place * LENGTH + chunk * C + tl.arange(0, C)
-                real = token < end
-                token = token.to(tl.int64)
+                token = (begin + place * LENGTH + chunk * C).to(tl.int64)
+                real = local < end - token
                 x = tl.load(
-                    x_ptr + token[None, :] * x_stride_t + head * x_stride_h + feature[:, None],
+                    x_ptr + token * x_stride_t + head * x_stride_h + x_offset,
                     mask=real[None, :] & (feature < K)[:, None],
                     other=0.0,
                 ).to(dtype)
                 y = tl.load(
-                    y_ptr + token[:, None] * y_stride_t + head * y_stride_h + value[None, :],
+                    y_ptr + token * y_stride_t + head * y_stride_h + y_offset,
                     mask=real[:, None] & (value < V)[None, :],
                     other=0.0,
                 )
-                w = real.to(tl.float32)
+                xw = x
                 if QUERIES:
-                    below = tl.load(denominator_ptr + token * H + head, mask=real, other=1.0)
+                    row = token * H + head + local * H
+                    below = tl.load(denominator_ptr + row, mask=real, other=1.0)
                     y = y.to(tl.float32) / below[:, None]
-                    w = tl.load(delta_ptr + token * H + head, mask=real, other=0.0)
+                    delta = tl.load(delta_ptr + row, mask=real, other=0.0)
+                    xw = (x.to(tl.float32) * delta[None, :]).to(dtype)
+                    constant += tl.sum(delta, 0)
                 y = y.to(dtype)
-                u = dot(P1, x, PRECISION)
-                phi = u * dot(P2, x, PRECISION)
-                if QUERIES:
-                    phi *= weight
+                phi = dot(P1, x, PRECISION) * dot(P2, x, PRECISION)
                 diagonal = dot_add(phi.to(dtype), y, diagonal, PRECISION)
                 if tile == 0:
-                    u = dot(R1, x, PRECISION) + b1[:, None]
-                    phi = u * (dot(R2, x, PRECISION) + b2[:, None])
-                    if QUERIES:
-                        phi *= rest_weights(K, BR, SCALE)[:, None]
-                    rest = dot_add(phi.to(dtype), y, rest, PRECISION)
+                    phi_rest = dot(R1, x, PRECISION) + b1[:, None]
+                    phi_rest *= dot(R2, x, PRECISION) + b2[:, None]
+                    rest = dot_add(phi_rest.to(dtype), y, rest, PRECISION)
                     if v_tile == 0:
-                        xw = x.to(tl.float32) * w[None, :]
-                        if QUERIES:
-                            pairs = dot_add(xw, tl.trans(x.to(tl.float32)), pairs, PRECISION)
-                        else:
-                            pairs = dot_add(x, tl.trans(x), pairs, PRECISION)
-                        linear += tl.sum(xw, 1)
-                        constant += tl.sum(w, 0)
+                        pairs = dot_add(phi_rest.to(dtype), tl.trans(xw), pairs, PRECISION)
+            if not QUERIES:
+                constant += tl.minimum(LENGTH, end - begin - place * LENGTH).to(tl.float32)
         slot = strip.to(tl.int64) * H + head
-        _store(
+        store_state(
             strip_numerator_ptr + slot * F * V,
             strip_normaliser_ptr + slot * F,
             diagonal,
             rest,
             pairs,
-            linear,
             constant,
             tile,
             v_tile,
@@ -160,13 +154,12 @@ def sum_states(
 
 
 @triton.jit
-def _store(
+def store_state(
     numerator_ptr,
     normaliser_ptr,
     diagonal,
     rest,
     pairs,
-    linear,
     constant,
     tile,
     v_tile,
@@ -179,8 +172,11 @@ def _store(
     QUERIES: tl.constexpr,
     SCALE: tl.constexpr,
 ):
-    """Writes one state in the layout of `features.py`."""
+    """Writes one state in the layout of `features.py`; sums of queries get their weights here."""
     dtype = numerator_ptr.dtype.element_ty
+    if QUERIES:
+        diagonal *= diagonal_weights(tile, K, BF)[:, None]
+        rest *= rest_weights(K, BR, SCALE)[:, None]
     place, exists = diagonal_places(tile, K, BF)
     tl.store(
         numerator_ptr + place[:, None] * V + value[None, :],
@@ -188,20 +184,17 @@ def _store(
         mask=exists[:, None] & (value < V)[None, :],
     )
     if tile == 0:
-        place, exists = rest_places(K, BR)
+        row, inside = rest_places(K, BR)
         tl.store(
-            numerator_ptr + place[:, None] * V + value[None, :],
+            numerator_ptr + row[:, None] * V + value[None, :],
             rest.to(dtype),
-            mask=exists[:, None] & (value < V)[None, :],
+            mask=inside[:, None] & (value < V)[None, :],
         )
         if v_tile == 0:
-            place, exists = pair_places(K, KP)
-            feature = tl.arange(0, KP)
             if QUERIES:
-                pairs *= pair_weights(K, KP)
-                linear *= SCALE
-            tl.store(normaliser_ptr + place, pairs, mask=exists)
-            tl.store(normaliser_ptr + 1 + feature, linear, mask=feature < K)
+                pairs *= normaliser_weights(K, KP, BR, SCALE)
+            entry, holds = normaliser_places(K, KP, BR)
+            tl.store(normaliser_ptr + entry, pairs, mask=holds)
             tl.store(normaliser_ptr, constant)
 
 

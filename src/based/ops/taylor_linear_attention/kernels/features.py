@@ -72,6 +72,23 @@ def rest_places(K: tl.constexpr, BR: tl.constexpr):
 
 
 @triton.jit
+def half_selectors(K: tl.constexpr, KP: tl.constexpr):
+    """P1 and P2, [KP, KP], of the half diagonal taken twice: x_i x_(i+K/2) for all i."""
+    i = tl.arange(0, KP)[None, :]
+    row = tl.arange(0, KP)[:, None]
+    first = (row == i) & (i < K)
+    second = (row == (i + K // 2) % K) & (i < K)
+    return first.to(tl.float32), second.to(tl.float32)
+
+
+@triton.jit
+def half_places(K: tl.constexpr, KP: tl.constexpr):
+    """Where they stand in a state, each place twice, [KP], and which exist; weights 1/(2K)."""
+    i = tl.arange(0, KP)
+    return 1 + K + K * K // 2 + i % (K // 2), i < K
+
+
+@triton.jit
 def pair_places(K: tl.constexpr, KP: tl.constexpr):
     """Where x_i x_j stands in a state, [KP, KP], and which (i, j) hold each pair once."""
     i = tl.arange(0, KP)[:, None]

@@ -20,11 +20,11 @@ from based.ops.taylor_linear_attention.kernels.states import carry_states, sum_s
 
 # Tiles, warps and stages of each kernel.
 STATES = {"C": 64, "num_warps": 8, "num_stages": 3}
-ATTEND = {"BQ": 128, "BK": 64, "num_warps": 8, "num_stages": 2}
-QUERY_GRADIENTS = {"BF": 64, "BQ": 64, "BK": 64, "num_warps": 4, "num_stages": 2}
-KEY_GRADIENTS = {"BF": 64, "BQ": 64, "BK": 64, "num_warps": 4, "num_stages": 2}
+ATTEND = {"BQ": 64, "BK": 64, "num_warps": 4, "num_stages": 2}
+QUERY_GRADIENTS = {"BF": 128, "BQ": 64, "BK": 64, "num_warps": 4, "num_stages": 2}
+KEY_GRADIENTS = {"BF": 128, "BQ": 64, "BK": 64, "num_warps": 4, "num_stages": 2}
 # Enough programs to fill the largest GPUs, where one walks a strip of segments.
-PROGRAMS = 512
+PROGRAMS = 256
 
 
 class States(NamedTuple):
@@ -134,7 +134,7 @@ def run_states(
     for part, start in zip(states[2:], beyond, strict=True):
         E = F * V if part.dim() == 4 else F
         total = x.new_empty((N, *part.shape[1:]), dtype=torch.float32)
-        carry_states[N, H, triton.cdiv(E, 1024)](
+        carry_states[N, H, triton.cdiv(E, 256)](
             part,
             total if start is None else start,
             total,
@@ -143,7 +143,8 @@ def run_states(
             E,
             HAS_INITIAL=start is not None,
             REVERSE=queries is not None,
-            BLOCK=1024,
+            BLOCK=256,
+            GROUP=16,
         )
         totals.append(total)
     return states, totals[0], totals[1]
@@ -172,7 +173,7 @@ def forward(
     states, final, final_normaliser = run_states(shape, segments, k, v, (numerator, denominator))
     V, M = shape.V, len(segments.segments)
     BV = min(128, max(16, triton.next_power_of_2(V)))
-    attend[M * (length // ATTEND["BQ"]), shape.heads, triton.cdiv(V, BV)](
+    attend[M, shape.heads, triton.cdiv(V, BV)](
         q,
         k,
         v,
@@ -216,7 +217,6 @@ def backward(
     sum_deltas[triton.cdiv(T, 64), H](
         out,
         d_out,
-        below,
         delta,
         d_out.stride(1),
         d_out.stride(2),
@@ -233,7 +233,7 @@ def backward(
     strides = [stride for x in (q, k, v, d_out) for stride in x.stride()[1:3]]
     follow = strips_follow(segments)
     common = {"BV": BV, "LENGTH": length, "DTYPE": shape.triton_dtype, **shape.constants}
-    query_gradients[M * (length // QUERY_GRADIENTS["BQ"]), H](
+    query_gradients[M, H](
         q,
         k,
         v,
@@ -248,7 +248,7 @@ def backward(
         HAS_STATE=has_initial or follow,
         **(common | QUERY_GRADIENTS),
     )
-    key_gradients[M * (length // KEY_GRADIENTS["BK"]), H](
+    key_gradients[M, H](
         q,
         k,
         v,

@@ -22,7 +22,7 @@ def sum_states(
     x_ptr,  # keys, or queries: [T, H, K]
     y_ptr,  # values, or output gradients: [T, H, V]
     denominator_ptr,  # of the outputs, [T, H]; queries only
-    delta_ptr,  # gradients of denominators, [T, H]; queries only
+    delta_ptr,  # -(d_out . out), [T, H]; queries only
     strips_ptr,
     numerator_ptr,  # before (after, for queries) each segment in its strip: [M, H, F, V]
     normaliser_ptr,  # the same: [M, H, F]
@@ -48,8 +48,8 @@ def sum_states(
 ):
     """sum_t phi(x_t) w_t y_t^T and sum_t phi(x_t) w_t over the tokens of a strip.
 
-    Grid: strips, heads, diagonal tiles x value tiles. Keys: w = 1. Queries: y is
-    divided by the denominator, the normaliser has w = delta.
+    Grid: strips, heads, diagonal tiles x value tiles. Keys: w = 1. Queries: w is
+    1 / denominator, and the normaliser's terms have delta as well.
     """
     strip, head = tl.program_id(0), tl.program_id(1)
     TILES: tl.constexpr = (K * K // 2 + BF - 1) // BF
@@ -112,21 +112,22 @@ def sum_states(
                     y_ptr + token * y_stride_t + head * y_stride_h + y_offset,
                     mask=real[:, None] & (value < V)[None, :],
                     other=0.0,
-                )
+                ).to(dtype)
+                phi = dot(P1, x, PRECISION) * dot(P2, x, PRECISION)
                 xw = x
                 if QUERIES:
                     row = token * H + head + local * H
-                    below = tl.load(denominator_ptr + row, mask=real, other=1.0)
-                    y = y.to(tl.float32) / below[:, None]
+                    inverse = 1 / tl.load(denominator_ptr + row, mask=real, other=1.0)
                     delta = tl.load(delta_ptr + row, mask=real, other=0.0)
+                    phi *= inverse[None, :]
                     xw = (x.to(tl.float32) * delta[None, :]).to(dtype)
-                    constant += tl.sum(delta, 0)
-                y = y.to(dtype)
-                phi = dot(P1, x, PRECISION) * dot(P2, x, PRECISION)
+                    constant += tl.sum(delta * inverse, 0)
                 diagonal = dot_add(phi.to(dtype), y, diagonal, PRECISION)
                 if tile == 0:
                     phi_rest = dot(R1, x, PRECISION) + b1[:, None]
                     phi_rest *= dot(R2, x, PRECISION) + b2[:, None]
+                    if QUERIES:
+                        phi_rest *= inverse[None, :]
                     rest = dot_add(phi_rest.to(dtype), y, rest, PRECISION)
                     if v_tile == 0:
                         pairs = dot_add(phi_rest.to(dtype), tl.trans(xw), pairs, PRECISION)
@@ -209,6 +210,7 @@ def carry_states(
     HAS_INITIAL: tl.constexpr,
     REVERSE: tl.constexpr,
     BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,  # strips in flight together
 ):
     """Exclusive running sum over the strips of each sequence. Grid: sequences, heads, blocks."""
     sequence, head = tl.program_id(0), tl.program_id(1)
@@ -220,12 +222,14 @@ def carry_states(
         total = tl.load(initial_ptr + row, mask=inside, other=0.0).to(tl.float32)
     else:
         total = tl.zeros([BLOCK], tl.float32)
-    for number in range(end - begin):
+    for group in range(0, end - begin, GROUP):
+        number = group + tl.arange(0, GROUP)
         strip = begin + number
         if REVERSE:
             strip = end - 1 - number
-        place = states_ptr + (strip.to(tl.int64) * H + head) * E + element
-        added = tl.load(place, mask=inside, other=0.0)
-        tl.store(place, total, mask=inside)
-        total += added
+        place = states_ptr + (strip.to(tl.int64) * H + head)[:, None] * E + element[None, :]
+        mask = (number < end - begin)[:, None] & inside[None, :]
+        added = tl.load(place, mask=mask, other=0.0)
+        tl.store(place, total[None, :] + tl.cumsum(added, 0) - added, mask=mask)
+        total += tl.sum(added, 0)
     tl.store(final_ptr + row, total, mask=inside)

@@ -123,6 +123,14 @@ def query_gradients(
         state = (state * diagonal_weights(0, K, BF)[:, None]).to(DTYPE)
         P1, P2 = diagonal_selectors(0, K, KP, BF)
         P1, P2 = P1.to(DTYPE), P2.to(DTYPE)
+        if TILES > 1:
+            rows, exists = diagonal_places(1, K, BF)
+            second = load_rows(
+                numerator_ptr, strip_numerator_ptr, in_segment, HAS_STATE, rows, exists, value, V
+            )
+            second = (second * diagonal_weights(1, K, BF)[:, None]).to(DTYPE)
+            S1, S2 = diagonal_selectors(1, K, KP, BF)
+            S1, S2 = S1.to(DTYPE), S2.to(DTYPE)
         rows, exists = half_places(K, KP)
         half = load_rows(
             numerator_ptr, strip_numerator_ptr, in_segment, HAS_STATE, rows, exists, value, V
@@ -174,7 +182,11 @@ def query_gradients(
                 u, w = dot(q, P1, PRECISION), dot(q, P2, PRECISION)
                 d_phi = dot(d_out, tl.trans(state), PRECISION)
                 d_q = through_product(d_phi, u, w, P1, P2, d_q, DTYPE, PRECISION)
-                for tile in tl.static_range(1, TILES):
+                if TILES > 1:
+                    u, w = dot(q, S1, PRECISION), dot(q, S2, PRECISION)
+                    d_phi = dot(d_out, tl.trans(second), PRECISION)
+                    d_q = through_product(d_phi, u, w, S1, S2, d_q, DTYPE, PRECISION)
+                for tile in tl.static_range(2, TILES):
                     Q1, Q2 = diagonal_selectors(tile, K, KP, BF)
                     Q1, Q2 = Q1.to(DTYPE), Q2.to(DTYPE)
                     places, present = diagonal_places(tile, K, BF)
@@ -290,6 +302,14 @@ def key_gradients(
         state = state.to(DTYPE)
         P1, P2 = diagonal_selectors(0, K, KP, BF)
         P1, P2 = P1.to(DTYPE), P2.to(DTYPE)
+        if TILES > 1:
+            rows, exists = diagonal_places(1, K, BF)
+            second = load_rows(
+                numerator_ptr, strip_numerator_ptr, in_segment, HAS_STATE, rows, exists, value, V
+            )
+            second = second.to(DTYPE)
+            S1, S2 = diagonal_selectors(1, K, KP, BF)
+            S1, S2 = S1.to(DTYPE), S2.to(DTYPE)
         rows, exists = half_places(K, KP)
         half = load_rows(
             numerator_ptr, strip_numerator_ptr, in_segment, HAS_STATE, rows, exists, value, V
@@ -344,7 +364,12 @@ def key_gradients(
                 d_v = dot_add((u * w).to(DTYPE), state, d_v, PRECISION)
                 d_phi = dot(v, tl.trans(state), PRECISION)
                 d_k = through_product(d_phi, u, w, P1, P2, d_k, DTYPE, PRECISION)
-                for tile in tl.static_range(1, TILES):
+                if TILES > 1:
+                    u, w = dot(k, S1, PRECISION), dot(k, S2, PRECISION)
+                    d_v = dot_add((u * w).to(DTYPE), second, d_v, PRECISION)
+                    d_phi = dot(v, tl.trans(second), PRECISION)
+                    d_k = through_product(d_phi, u, w, S1, S2, d_k, DTYPE, PRECISION)
+                for tile in tl.static_range(2, TILES):
                     Q1, Q2 = diagonal_selectors(tile, K, KP, BF)
                     Q1, Q2 = Q1.to(DTYPE), Q2.to(DTYPE)
                     places, present = diagonal_places(tile, K, BF)

@@ -56,7 +56,7 @@ class Shape(NamedTuple):
             "BF": min(128, triton.next_power_of_2(K * K // 2)),
             "BR": max(64, triton.next_power_of_2(1 + K + K // 2)),
             "SCALE": K**-0.5,
-            "PRECISION": "ieee" if wide else "tf32",
+            "PRECISION": "tf32x3" if wide else "tf32",
         }
 
     @property
@@ -187,8 +187,7 @@ def forward(
         BV=BV,
         LENGTH=length,
         DTYPE=shape.triton_dtype,
-        **shape.constants,
-        **ATTEND,
+        **(shape.constants | ATTEND),
     )
     return out, final, final_normaliser, below, list(states)
 

@@ -102,6 +102,14 @@ def attend(
         state = (state * diagonal_weights(0, K, BF)[:, None]).to(DTYPE)
         P1, P2 = diagonal_selectors(0, K, KP, BF)
         P1, P2 = P1.to(DTYPE), P2.to(DTYPE)
+        if TILES > 1:
+            rows, exists = diagonal_places(1, K, BF)
+            second = load_rows(
+                numerator_ptr, strip_numerator_ptr, in_segment, HAS_STATE, rows, exists, value, V
+            )
+            second = (second * diagonal_weights(1, K, BF)[:, None]).to(DTYPE)
+            S1, S2 = diagonal_selectors(1, K, KP, BF)
+            S1, S2 = S1.to(DTYPE), S2.to(DTYPE)
         rows, exists = half_places(K, KP)
         half = load_rows(
             numerator_ptr, strip_numerator_ptr, in_segment, HAS_STATE, rows, exists, value, V
@@ -150,7 +158,10 @@ def attend(
             if with_state:
                 phi = dot(q, P1, PRECISION) * dot(q, P2, PRECISION)
                 acc = dot_add(phi.to(DTYPE), state, acc, PRECISION)
-                for tile in tl.static_range(1, TILES):
+                if TILES > 1:
+                    phi = dot(q, S1, PRECISION) * dot(q, S2, PRECISION)
+                    acc = dot_add(phi.to(DTYPE), second, acc, PRECISION)
+                for tile in tl.static_range(2, TILES):
                     Q1, Q2 = diagonal_selectors(tile, K, KP, BF)
                     places, present = diagonal_places(tile, K, BF)
                     other = load_rows(

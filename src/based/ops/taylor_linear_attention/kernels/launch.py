@@ -108,8 +108,8 @@ def run_states(
         x.new_empty((S, H, F, V), dtype=torch.float32),
         x.new_empty((S, H, F), dtype=torch.float32),
     )
-    constants = shape.constants
     BV = min(128, max(16, triton.next_power_of_2(V)))
+    constants = shape.constants | STATES
     tiles = triton.cdiv(shape.K**2 // 2, constants["BF"]) * triton.cdiv(V, BV)
     denominator, delta = queries or (states.normaliser, states.normaliser)
     sum_states[S, H, tiles](
@@ -128,7 +128,6 @@ def run_states(
         BV=BV,
         LENGTH=segments.length,
         **constants,
-        **STATES,
     )
     totals = []
     for part, start in zip(states[2:], beyond, strict=True):

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from based.ops.linear_attention import chunked
 from based.ops.taylor_linear_attention import (
-    chunked,
     num_features,
     taylor_linear_attention,
     taylor_linear_attention_step,

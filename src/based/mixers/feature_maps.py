@@ -105,7 +105,7 @@ class Performer(FeatureMap):
         blocks = -(-num_features // feature_dim)
         rotations = torch.linalg.qr(torch.randn(blocks, feature_dim, feature_dim)).Q
         directions = rotations.flatten(0, 1)[:num_features] * (feature_dim / num_features) ** 0.5
-        self.register_buffer("directions", directions)
+        self.register_buffer("directions", directions.contiguous())
 
     @without_autocast
     def forward(self, x: Tensor, position: Tensor) -> Tensor:

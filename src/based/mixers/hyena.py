@@ -80,11 +80,11 @@ class Hyena(Mixer):
         inputs, seen = self.in_proj(x)[:, None], state["length"]
         products, gate = (y[:, 0] for y in self._gates(inputs, state["inputs"]))
         end = int(seen.max()) + 1
+        taps = self._taps(end)
         if end > state["products"].shape[1]:
             state.update(grow(state, ["products"], end))
         state["inputs"].copy_(next_past(inputs, state["inputs"]))
         state["products"][torch.arange(x.shape[0], device=x.device), seen] = products
-        taps = self._taps(end)
         lag = seen[:, None] - torch.arange(end, device=x.device)
         weighted = taps[lag.clamp(min=0)] * state["products"][:, :end]
         y = weighted.masked_fill(lag[..., None] < 0, 0).sum(1)
@@ -136,13 +136,14 @@ class SineFilter(nn.Module):
         wide = state_dtype(self.out_weight.dtype)
         token = lag[:, None].to(wide)
         position = token / max(self.max_length - 1, 1)
-        bands = torch.linspace(1e-4, self.num_bands - 1, self.num_bands).to(token)
+        like = {"device": lag.device, "dtype": wide}
+        bands = torch.linspace(1e-4, self.num_bands - 1, self.num_bands, **like)
         angle = 2 * pi / self.max_length * token * bands
         z = torch.cat([position, angle.cos(), -angle.sin()], dim=-1)
         for weight, bias in zip(self.weights, self.biases, strict=True):
             z = (self.frequency.to(wide) * (z @ weight.to(wide).T + bias.to(wide))).sin()
         channels = self.out_weight.shape[0]
-        rate = torch.linspace(log(100) / SLOWEST, log(100) / FASTEST, channels).to(token)
+        rate = torch.linspace(log(100) / SLOWEST, log(100) / FASTEST, channels, **like)
         return z @ self.out_weight.to(wide).T * (-position * rate).exp()
 
 

@@ -8,7 +8,11 @@ from based.errors import BasedError
 from based.mixers.base import Mixer, TensorSpec, at_least_one, split_heads
 from based.mixers.feature_maps import build_feature_map
 from based.mixers.state import State
-from based.ops.linear_attention import linear_attention, linear_attention_step
+from based.ops.linear_attention import (
+    linear_attention,
+    linear_attention_outputs,
+    linear_attention_step,
+)
 from based.ops.packed import positions, sequence_ids
 from based.ops.precision import state_dtype
 
@@ -67,10 +71,11 @@ class LinearAttention(Mixer):
     ) -> tuple[Tensor, State | None]:
         seen = None if state is None else state.get("length")
         q, k, v = self._project(x, self._positions(x, cu_seqlens, seen))
-        before = (None, None) if state is None else (state["numerator"], state["denominator"])
-        out, numerator, denominator = linear_attention(q, k, v, *before, cu_seqlens)
         if state is None:
+            out = linear_attention_outputs(q, k, v, cu_seqlens)
             return self.out_proj(out.flatten(-2)), None
+        before = (state["numerator"], state["denominator"])
+        out, numerator, denominator = linear_attention(q, k, v, *before, cu_seqlens)
         after = State(numerator=numerator, denominator=denominator)
         if seen is not None:
             after["length"] = seen + (x.shape[1] if cu_seqlens is None else cu_seqlens.diff())

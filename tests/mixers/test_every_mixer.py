@@ -15,7 +15,10 @@ OPTIONS: dict[str, list[dict[str, int | float | str]]] = {
         {"num_heads": 3, "feature_dim": 4},
         {"num_heads": 2, "feature_dim": 5},
     ],
-    "sliding_window_attention": [{"num_heads": 2, "window": 7}, {"num_heads": 3, "window": 1}],
+    "sliding_window_attention": [
+        {"num_heads": 2, "window": 7},
+        {"num_heads": 3, "window": 1, "rotary_fraction": 0.0, "bias": True},
+    ],
     "base_convolution": [{}, {"kernel_size": 1}],
     "hyena": [{"max_length": 320, "filter_size": 4}],
     "h3": [{"state_size": 4, "head_dim": 2}, {"state_size": 2, "head_dim": 1}],

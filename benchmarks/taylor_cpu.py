@@ -19,8 +19,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from based.ops.linear_attention.chunked import CHUNK
 from based.ops.taylor_linear_attention import num_features, taylor_linear_attention
-from based.ops.taylor_linear_attention.chunked import CHUNK
 from benchmarks.rows import RESULTS, median_seconds, write_rows
 
 HEADS, FEATURE_DIM, HEAD_DIM, THREADS = 16, 16, 64, 2

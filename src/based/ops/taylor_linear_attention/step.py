@@ -1,9 +1,9 @@
 """One token: the recurrent form."""
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from based.ops.linear_attention import linear_attention_step
 from based.ops.precision import without_autocast
 from based.ops.taylor_linear_attention.features import key_features, query_features
 
@@ -18,10 +18,5 @@ def taylor_linear_attention_step(
 ) -> Float[Tensor, "B H V"]:
     """Adds one key and value to the state, in place, and reads the query's output."""
     dtype = numerator.dtype
-    phi_k, phi_q = key_features(k.to(dtype)), query_features(q.to(dtype))
-    flat = numerator.flatten(0, 1)
-    flat.baddbmm_(phi_k.flatten(0, 1)[:, :, None], v.to(dtype).flatten(0, 1)[:, None, :])
-    denominator += phi_k
-    above = torch.einsum("bhf,bhfv->bhv", phi_q, numerator)
-    below = torch.einsum("bhf,bhf->bh", phi_q, denominator)
-    return (above / below[..., None]).to(v.dtype)
+    phi_q, phi_k = query_features(q.to(dtype)), key_features(k.to(dtype))
+    return linear_attention_step(phi_q, phi_k, v, numerator, denominator, epsilon=0.0)

@@ -1,6 +1,6 @@
 """Runs the kernels: which tiles, in which order, with which intermediate tensors."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -18,17 +18,17 @@ from based.ops.taylor_linear_attention.kernels.outputs import attend
 from based.ops.taylor_linear_attention.kernels.segments import Segments, divide, divide_evenly
 from based.ops.taylor_linear_attention.kernels.states import carry_states, sum_states
 
-# Tiles, warps and stages of each kernel.
-STATES = {"C": 64, "num_warps": 8, "num_stages": 3}
-ATTEND = {"BQ": 64, "BK": 64, "num_warps": 4, "num_stages": 2}
-QUERY_GRADIENTS = {"BF": 128, "BQ": 64, "BK": 64, "num_warps": 4, "num_stages": 2}
-KEY_GRADIENTS = {"BF": 128, "BQ": 64, "BK": 64, "num_warps": 4, "num_stages": 2}
+# Tokens of a segment.
+LENGTH = 256
 # Enough programs to fill the largest GPUs, where one walks a strip of segments.
 PROGRAMS = 256
 
 
 class States(NamedTuple):
-    """Sums before (or after) segments: within their strip, and of what lies beyond it."""
+    """Sums before (or after) segments: within their strip, and of what lies beyond it.
+
+    A tensor without elements stands for sums that are not needed.
+    """
 
     numerator: Float[Tensor, "M H F V"]
     normaliser: Float[Tensor, "M H F"]
@@ -36,68 +36,104 @@ class States(NamedTuple):
     strip_normaliser: Float[Tensor, "S H F"]
 
 
+class Tiles(NamedTuple):
+    """Tiles, warps and stages of each kernel; few, and each one is tested."""
+
+    states: dict[str, int]
+    attend: dict[str, int]
+    query_gradients: dict[str, int]
+    key_gradients: dict[str, int]
+
+
+def _tiles(K: int, V: int, wide: bool) -> Tiles:
+    one = {"num_warps": 4, "num_stages": 1}
+    square = {"BF": 64, "BQ": 64, "BK": 64, **one}
+    if wide or V > 128:
+        # float32 operands, or heads twice as wide, fill the shared memory sooner.
+        small = {"BF": 32, "BQ": 32, "BK": 32, **one}
+        return Tiles({"BF": 64, "C": 32, **one}, small, small, small)
+    if K > 16:
+        # Several tiles make the loop conditional, and Triton 3.6 pipelines that wrongly.
+        states = {"BF": 128, "C": 64, **one}
+    elif V > 64:
+        states = {"BF": 128, "C": 64, "num_warps": 8, "num_stages": 3}
+    else:
+        states = {"BF": 128, "C": 32, "num_warps": 4, "num_stages": 4}
+    # Four programs a multiprocessor, where the registers allow it.
+    return Tiles(states, {**square, "maxnreg": 128} if V <= 64 else square, square, square)
+
+
 class Shape(NamedTuple):
-    """Sizes and tiles of one call."""
+    """Sizes of one call, and the dtype of its products."""
 
     heads: int
     K: int
     V: int
     dtype: torch.dtype
 
+    @staticmethod
+    def of(q: Tensor, v: Tensor) -> "Shape":
+        """float16 is computed in bfloat16: sums of products of keys would overflow it."""
+        dtype = torch.float32 if q.dtype == torch.float32 else torch.bfloat16
+        return Shape(q.shape[2], q.shape[3], v.shape[3], dtype)
+
     @property
-    def constants(self) -> dict:
+    def tiles(self) -> Tiles:
+        """The kernels' configurations."""
+        return _tiles(self.K, self.V, self.dtype == torch.float32)
+
+    def constants(self, tiles: dict[str, int], BV: int) -> dict[str, Any]:
         """What all kernels take."""
-        K, wide = self.K, self.dtype == torch.float32
+        K = self.K
         return {
+            **tiles,
+            "BF": min(tiles["BF"], triton.next_power_of_2(K * K // 2)),
+            "BV": min(BV, max(16, triton.next_power_of_2(self.V))),
+            "BR": max(64, triton.next_power_of_2(1 + K + K // 2)),
             "K": K,
             "KP": max(16, triton.next_power_of_2(K)),
             "V": self.V,
             "F": num_features(K),
-            "BF": min(128, triton.next_power_of_2(K * K // 2)),
-            "BR": max(64, triton.next_power_of_2(1 + K + K // 2)),
             "SCALE": K**-0.5,
-            "PRECISION": "tf32x3" if wide else "tf32",
+            "LENGTH": LENGTH,
+            "PRECISION": "tf32x3" if self.dtype == torch.float32 else "tf32",
         }
 
     @property
-    def triton_dtype(self) -> tl.dtype:
+    def products(self) -> tl.dtype:
+        """The dtype of products, as Triton names it."""
         return tl.float32 if self.dtype == torch.float32 else tl.bfloat16
 
 
-def shape_of(q: Tensor, v: Tensor) -> Shape:
-    """float16 is computed in bfloat16: sums of products of keys would overflow it."""
-    dtype = torch.float32 if q.dtype == torch.float32 else torch.bfloat16
-    return Shape(q.shape[2], q.shape[3], v.shape[3], dtype)
-
-
-def segments_of(
-    q: Float[Tensor, "B T H K"], cu_seqlens: Int[Tensor, " E"] | None, length: int
-) -> Segments:
-    """The batch's tables; strips are as long as leaves enough of them."""
+def counts(q: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int, int]:
+    """Segments (at most), strips (at most), and segments of a strip."""
     B, T, H, _ = q.shape
-    per_strip = max(1, B * T * H // (length * PROGRAMS))
+    per_strip = max(1, B * T * H // (LENGTH * PROGRAMS))
     if cu_seqlens is None:
-        return divide_evenly(B, T, length, per_strip, q.device)
+        return B * -(-T // LENGTH), B * -(-T // (LENGTH * per_strip)), per_strip
     N = len(cu_seqlens) - 1
-    return divide(cu_seqlens, T // length + N, T // (length * per_strip) + N, length, per_strip)
+    return T // LENGTH + N, T // (LENGTH * per_strip) + N, per_strip
 
 
-def strips_follow(segments: Segments) -> bool:
-    """Whether a sequence can have more than one strip."""
-    return len(segments.strips) > len(segments.strip_edges) - 1
+def segments_of(q: Float[Tensor, "B T H K"], cu_seqlens: Int[Tensor, " E"] | None) -> Segments:
+    """The batch's tables; strips are as long as leaves enough of them."""
+    num_segments, num_strips, per_strip = counts(q, cu_seqlens)
+    if cu_seqlens is None:
+        return divide_evenly(q.shape[0], q.shape[1], LENGTH, per_strip, q.device)
+    return divide(cu_seqlens, num_segments, num_strips, LENGTH, per_strip)
 
 
 def run_states(
     shape: Shape,
     segments: Segments,
-    x: Tensor,
-    y: Tensor,
+    x: Float[Tensor, "1 BT H K"],
+    y: Float[Tensor, "1 BT H V"],
     beyond: tuple[Tensor | None, Tensor | None],
     queries: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[States, Tensor, Tensor]:
     """All states, and their totals by sequence; with `queries` (denominator, delta), gradients.
 
-    `beyond` is what the running sum starts from: the initial state, or the
+    `beyond` is what the running sums start from: the initial state, or the
     gradient of the final one.
     """
     H, V, F = shape.heads, shape.V, num_features(shape.K)
@@ -108,34 +144,30 @@ def run_states(
         x.new_empty((S, H, F, V), dtype=torch.float32),
         x.new_empty((S, H, F), dtype=torch.float32),
     )
-    BV = min(128, max(16, triton.next_power_of_2(V)))
-    constants = shape.constants | STATES
-    tiles = triton.cdiv(shape.K**2 // 2, constants["BF"]) * triton.cdiv(V, BV)
-    denominator, delta = queries or (states.normaliser, states.normaliser)
+    constants = shape.constants(shape.tiles.states, BV=128)
+    tiles = triton.cdiv(shape.K**2 // 2, constants["BF"]) * triton.cdiv(V, constants["BV"])
     sum_states[S, H, tiles](
         x,
         y,
-        denominator,
-        delta,
+        *(queries or (states.normaliser, states.normaliser)),
         segments.strips,
         *states,
-        x.stride(1),
-        x.stride(2),
-        y.stride(1),
-        y.stride(2),
+        *x.stride()[1:3],
+        *y.stride()[1:3],
         H,
         QUERIES=queries is not None,
-        BV=BV,
-        LENGTH=segments.length,
         **constants,
     )
+    if beyond[0] is None and not segments.carried:
+        # One strip a sequence and nothing beyond it: strips are the totals.
+        return States(*states[:2], *nothing(x, 2)), states[2], states[3]
     totals = []
     for part, start in zip(states[2:], beyond, strict=True):
         E = F * V if part.dim() == 4 else F
         total = x.new_empty((N, *part.shape[1:]), dtype=torch.float32)
         carry_states[N, H, triton.cdiv(E, 256)](
             part,
-            total if start is None else start,
+            total if start is None else start.contiguous(),
             total,
             segments.strip_edges,
             H,
@@ -149,7 +181,12 @@ def run_states(
     return states, totals[0], totals[1]
 
 
-def flat(x: Float[Tensor, "B T H D"]) -> Float[Tensor, "1 T H D"]:
+def nothing(x: Tensor, count: int) -> list[Tensor]:
+    """Tensors without elements."""
+    return [x.new_empty(0, dtype=torch.float32) for _ in range(count)]
+
+
+def flat(x: Float[Tensor, "B T H D"]) -> Float[Tensor, "1 BT H D"]:
     """All tokens in one row, with channels beside each other; copied only if need be."""
     if x.stride(3) != 1 or (x.shape[0] > 1 and x.stride(0) != x.shape[1] * x.stride(1)):
         x = x.contiguous()
@@ -163,16 +200,22 @@ def forward(
     numerator: Float[Tensor, "N H F V"] | None,
     denominator: Float[Tensor, "N H F"] | None,
     cu_seqlens: Int[Tensor, " E"] | None,
-    length: int = 256,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-    """Outputs, final state, the outputs' denominators [B, T, H], and the states before segments."""
-    shape, segments = shape_of(q, v), segments_of(q, cu_seqlens, length)
+    want_state: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, States]:
+    """Outputs, final state, the outputs' denominators [B, T, H], and the states before segments.
+
+    The final state has no elements if it is not wanted and not needed.
+    """
+    shape, segments = Shape.of(q, v), segments_of(q, cu_seqlens)
     out, below = v.new_empty(v.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
+    states = States(q.new_empty(0, dtype=shape.dtype), *nothing(q, 3))
+    final, final_normaliser = nothing(q, 2)
     q, k, v = flat(q), flat(k), flat(v)
-    states, final, final_normaliser = run_states(shape, segments, k, v, (numerator, denominator))
-    V, M = shape.V, len(segments.segments)
-    BV = min(128, max(16, triton.next_power_of_2(V)))
-    attend[M, shape.heads, triton.cdiv(V, BV)](
+    if want_state or numerator is not None or q.shape[1] > LENGTH * out.shape[0]:
+        beyond = (numerator, denominator)
+        states, final, final_normaliser = run_states(shape, segments, k, v, beyond)
+    constants = shape.constants(shape.tiles.attend, BV=128)
+    attend[len(segments.segments), shape.heads, triton.cdiv(shape.V, constants["BV"])](
         q,
         k,
         v,
@@ -182,13 +225,11 @@ def forward(
         *states,
         *(stride for x in (q, k, v) for stride in x.stride()[1:3]),
         shape.heads,
-        HAS_STATE=numerator is not None or strips_follow(segments),
-        BV=BV,
-        LENGTH=length,
-        DTYPE=shape.triton_dtype,
-        **(shape.constants | ATTEND),
+        HAS_STATE=states.strip_numerator.numel() > 0,
+        DTYPE=shape.products,
+        **constants,
     )
-    return out, final, final_normaliser, below, list(states)
+    return out, final, final_normaliser, below, states
 
 
 def backward(
@@ -198,39 +239,36 @@ def backward(
     cu_seqlens: Int[Tensor, " E"] | None,
     out: Float[Tensor, "B T H V"],
     below: Float[Tensor, "B T H"],
-    states: list[Tensor],
-    has_initial: bool,
+    states: States,
     d_out: Float[Tensor, "B T H V"],
     d_numerator: Float[Tensor, "N H F V"] | None,
     d_denominator: Float[Tensor, "N H F"] | None,
-    length: int = 256,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and of the initial state."""
-    shape, segments = shape_of(q, v), segments_of(q, cu_seqlens, length)
+    """Gradients of q, k, v and of the initial state (without elements if there was none)."""
+    shape, segments = Shape.of(q, v), segments_of(q, cu_seqlens)
     d_q, d_k, d_v = (x.new_empty(x.shape) for x in (q, k, v))
     delta = torch.empty_like(below)
     q, k, v, d_out = flat(q), flat(k), flat(v), flat(d_out)
-    H, V, M, T = shape.heads, shape.V, len(segments.segments), q.shape[1]
-    BV = max(16, triton.next_power_of_2(V))
+    H, M, T = shape.heads, len(segments.segments), q.shape[1]
+    tiles = shape.tiles
     sum_deltas[triton.cdiv(T, 64), H](
         out,
         d_out,
         delta,
-        d_out.stride(1),
-        d_out.stride(2),
+        *d_out.stride()[1:3],
         T,
         H,
-        V=V,
-        BV=BV,
+        V=shape.V,
+        BV=max(16, triton.next_power_of_2(shape.V)),
         BT=64,
     )
-    beyond = (d_numerator, d_denominator)
-    after, d_initial, d_initial_normaliser = run_states(
-        shape, segments, q, d_out, beyond, (below, delta)
-    )
+    after = States(q.new_empty(0, dtype=shape.dtype), *nothing(q, 3))
+    d_initial, d_initial_normaliser = nothing(q, 2)
+    if states.numerator.numel() or d_numerator is not None:
+        after, d_initial, d_initial_normaliser = run_states(
+            shape, segments, q, d_out, (d_numerator, d_denominator), (below, delta)
+        )
     strides = [stride for x in (q, k, v, d_out) for stride in x.stride()[1:3]]
-    follow = strips_follow(segments)
-    common = {"BV": BV, "LENGTH": length, "DTYPE": shape.triton_dtype, **shape.constants}
     query_gradients[M, H](
         q,
         k,
@@ -243,8 +281,9 @@ def backward(
         *states,
         *strides,
         H,
-        HAS_STATE=has_initial or follow,
-        **(common | QUERY_GRADIENTS),
+        HAS_STATE=states.strip_numerator.numel() > 0,
+        DTYPE=shape.products,
+        **shape.constants(tiles.query_gradients, BV=256),
     )
     key_gradients[M, H](
         q,
@@ -259,7 +298,8 @@ def backward(
         *after,
         *strides,
         H,
-        HAS_STATE=d_numerator is not None or follow,
-        **(common | KEY_GRADIENTS),
+        HAS_STATE=after.strip_numerator.numel() > 0,
+        DTYPE=shape.products,
+        **shape.constants(tiles.key_gradients, BV=256),
     )
     return d_q, d_k, d_v, d_initial, d_initial_normaliser

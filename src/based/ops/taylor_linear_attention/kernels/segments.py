@@ -26,8 +26,8 @@ class Segments(NamedTuple):
     segments: Int[Tensor, "M 6"]
     strips: Int[Tensor, "S 4"]
     strip_edges: Int[Tensor, " E"]
-    length: int
-    per_strip: int
+    carried: bool
+    """Whether running sums pass from strip to strip."""
 
 
 def divide(
@@ -43,7 +43,7 @@ def divide(
     segments = torch.stack([sequence, first, end, strip, place, last.long()], dim=1)
     first_segment = segment_edges[strips[0]] + strips[1] * per_strip
     strips = torch.stack([strips[0], strips[2], strips[3], first_segment], dim=1)
-    return Segments(segments.int(), strips.int(), strip_edges.int(), length, per_strip)
+    return Segments(segments.int(), strips.int(), strip_edges.int(), carried=True)
 
 
 def _cut(cu_seqlens: Tensor, count: int, length: int) -> tuple[Tensor, ...]:
@@ -73,4 +73,5 @@ def divide_evenly(
         segments=made.segments.to(device),
         strips=made.strips.to(device),
         strip_edges=made.strip_edges.to(device),
+        carried=strips > rows,
     )

@@ -18,6 +18,16 @@ OPTIONS: dict[str, list[dict[str, int | float]]] = {
     "sliding_window_attention": [{"num_heads": 2, "window": 7}, {"num_heads": 3, "window": 1}],
     "gated_convolution": [{}, {"kernel_size": 1}, {"kernel_size": 4, "expand": 1}],
     "softmax_attention": [{"num_heads": 2}, {"num_heads": 3, "rotary_fraction": 0.5}],
+    "mamba": [{"state_size": 3}],
+    "mamba2": [{"state_size": 5, "head_dim": 12}],
+    "rwkv5": [{"head_dim": 8}],
+    "rwkv7": [{"head_dim": 12, "decay_rank": 2, "rate_rank": 3, "gate_rank": 4}],
+    "gated_linear_attention": [{"num_heads": 3, "decay_rank": 2}],
+    "delta_net": [{"num_heads": 3}],
+    "gated_delta_net": [
+        {"num_heads": 2},
+        {"num_heads": 3, "head_dim": 4, "expand_v": 1, "output_gate": False},
+    ],
 }
 CASES = [(name, options) for name in MIXERS for options in OPTIONS.get(name, [{}])]
 every_mixer = pytest.mark.parametrize(

@@ -11,6 +11,13 @@ MIXERS: dict[str, str] = {
     "sliding_window_attention": "based.mixers.sliding_window_attention:SlidingWindowAttention",
     "gated_convolution": "based.mixers.gated_convolution:GatedConvolution",
     "softmax_attention": "based.mixers.softmax_attention:SoftmaxAttention",
+    "mamba": "based.mixers.mamba:Mamba",
+    "mamba2": "based.mixers.mamba2:Mamba2",
+    "rwkv5": "based.mixers.rwkv5:RWKV5",
+    "rwkv7": "based.mixers.rwkv7:RWKV7",
+    "gated_linear_attention": "based.mixers.gated_linear_attention:GatedLinearAttention",
+    "delta_net": "based.mixers.delta_net:DeltaNet",
+    "gated_delta_net": "based.mixers.gated_delta_net:GatedDeltaNet",
 }
 
 

@@ -1,4 +1,4 @@
-"""Keeps autocast out of accumulators."""
+"""Dtypes of accumulators, and autocast kept out of them."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -8,6 +8,11 @@ import torch
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of states and accumulators: float32, or float64 for float64 inputs."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def without_autocast(function: Callable[P, R]) -> Callable[P, R]:

@@ -38,20 +38,21 @@ class DeltaNet(Mixer):
     def mix(
         self, x: Float[Tensor, "B T C"], state: State | None = None
     ) -> tuple[Float[Tensor, "B T C"], State | None]:
-        inputs, conv = self._project(x, None if state is None else state["conv"])
-        out, memory = delta_rule(*inputs, state=None if state is None else state["memory"])
+        before, memory = (None, None) if state is None else (state["conv"], state["memory"])
+        qkv, conv = self.conv(self.qkv_proj(x), before)
+        out, memory = delta_rule(*self._inputs(x, qkv), None, memory)
         return self._output(out), None if conv is None else State(conv=conv, memory=memory)
 
     def step(self, x: Float[Tensor, "B C"], state: State) -> Float[Tensor, "B C"]:
-        inputs, conv = self._project(x[:, None], state["conv"])
-        out = delta_rule_step(*(y[:, 0] for y in inputs), None, state["memory"])
-        state["conv"].copy_(conv)
-        return self._output(out)
+        qkv = self.conv.step(self.qkv_proj(x), state["conv"])
+        return self._output(delta_rule_step(*self._inputs(x, qkv), None, state["memory"]))
 
-    def _project(self, x: Tensor, past: Tensor | None) -> tuple[tuple[Tensor, ...], Tensor]:
-        qkv, past = self.conv(self.qkv_proj(x), past)
+    def _inputs(
+        self, x: Float[Tensor, "... C"], qkv: Float[Tensor, "... D"]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """q, k, v and beta, by heads."""
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
-        return (unit(q) * self.head_dim**-0.5, unit(k), v, self.beta_proj(x).sigmoid()), past
+        return unit(q) * self.head_dim**-0.5, unit(k), v, self.beta_proj(x).sigmoid()
 
     def _output(self, out: Tensor) -> Tensor:
         return self.out_proj(head_norm(out, self.norm_weight))

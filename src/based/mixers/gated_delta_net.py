@@ -58,25 +58,26 @@ class GatedDeltaNet(Mixer):
     def mix(
         self, x: Float[Tensor, "B T C"], state: State | None = None
     ) -> tuple[Float[Tensor, "B T C"], State | None]:
-        inputs, conv = self._project(x, None if state is None else state["conv"])
-        out, memory = delta_rule(*inputs, None if state is None else state["memory"])
+        before, memory = (None, None) if state is None else (state["conv"], state["memory"])
+        qkv, conv = self.conv(self.qkv_proj(x), before)
+        out, memory = delta_rule(*self._inputs(x, qkv), memory)
         return self._output(out, x), None if conv is None else State(conv=conv, memory=memory)
 
     def step(self, x: Float[Tensor, "B C"], state: State) -> Float[Tensor, "B C"]:
-        inputs, conv = self._project(x[:, None], state["conv"])
-        out = delta_rule_step(*(y[:, 0] for y in inputs), state["memory"])
-        state["conv"].copy_(conv)
-        return self._output(out, x)
+        qkv = self.conv.step(self.qkv_proj(x), state["conv"])
+        return self._output(delta_rule_step(*self._inputs(x, qkv), state["memory"]), x)
 
-    def _project(self, x: Tensor, past: Tensor | None) -> tuple[tuple[Tensor, ...], Tensor]:
-        qkv, past = self.conv(self.qkv_proj(x), past)
+    def _inputs(
+        self, x: Float[Tensor, "... C"], qkv: Float[Tensor, "... D"]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """q, k, v, beta and the log decays, by heads."""
         parts = qkv.split(self.split, dim=-1)
         q, k, v = (y.unflatten(-1, (self.num_heads, -1)) for y in parts)
         wide = state_dtype(x.dtype)
         step = F.softplus(self.decay_proj(x).to(wide) + self.dt_bias.to(wide))
         log_decay = -self.A_log.to(wide).exp() * step
         q, k, beta = unit(q) * self.head_dim**-0.5, unit(k), self.beta_proj(x).sigmoid()
-        return (q, k, v, beta, log_decay), past
+        return q, k, v, beta, log_decay
 
     def _output(self, out: Tensor, x: Tensor) -> Tensor:
         out = head_norm(out, self.norm_weight)

@@ -50,24 +50,23 @@ class Mamba(Mixer):
     def mix(
         self, x: Float[Tensor, "B T C"], state: State | None = None
     ) -> tuple[Float[Tensor, "B T C"], State | None]:
-        z, inputs, conv = self._project(x, None if state is None else state["conv"])
-        y, h = selective_scan(*inputs, None if state is None else state["h"])
-        after = None if conv is None else State(conv=conv, h=h)
-        return self._output(y, inputs[0], z), after
+        before, h = (None, None) if state is None else (state["conv"], state["h"])
+        u, z = self.in_proj(x).chunk(2, dim=-1)
+        u, conv = self.conv(u, before)
+        y, h = selective_scan(u, *self._selection(u), h)
+        return self._output(y, u, z), None if conv is None else State(conv=conv, h=h)
 
     def step(self, x: Float[Tensor, "B C"], state: State) -> Float[Tensor, "B C"]:
-        z, (u, dt, A, B, C), conv = self._project(x[:, None], state["conv"])
-        y = selective_scan_step(u[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], state["h"])
-        state["conv"].copy_(conv)
-        return self._output(y, u[:, 0], z[:, 0])
-
-    def _project(self, x: Tensor, past: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
         u, z = self.in_proj(x).chunk(2, dim=-1)
-        u, past = self.conv(u, past)
+        u = self.conv.step(u, state["conv"])
+        return self._output(selective_scan_step(u, *self._selection(u), state["h"]), u, z)
+
+    def _selection(self, u: Float[Tensor, "... D"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The time step, A, B and C."""
         dt, B, C = self.x_proj(u).split(self.split, dim=-1)
         wide = state_dtype(u.dtype)
         dt = F.softplus(F.linear(dt, self.dt_weight).to(wide) + self.dt_bias.to(wide))
-        return z, (u, dt, -self.A_log.to(wide).exp(), B, C), past
+        return dt, -self.A_log.to(wide).exp(), B, C
 
     def _output(self, y: Tensor, u: Tensor, z: Tensor) -> Tensor:
         return self.out_proj((y + self.D.to(u.dtype) * u) * F.silu(z))

@@ -52,21 +52,22 @@ class Mamba2(Mixer):
     def mix(
         self, x: Float[Tensor, "B T C"], state: State | None = None
     ) -> tuple[Float[Tensor, "B T C"], State | None]:
-        z, u, inputs, conv = self._project(x, None if state is None else state["conv"])
-        y, h = decayed_linear_attention(*inputs, None if state is None else state["h"])
+        before, h = (None, None) if state is None else (state["conv"], state["h"])
+        z, convolved, dt = self.in_proj(x).split(self.split, dim=-1)
+        convolved, conv = self.conv(convolved, before)
+        u, inputs = self._inputs(convolved, dt)
+        y, h = decayed_linear_attention(*inputs, h)
         return self._output(y, u, z), None if conv is None else State(conv=conv, h=h)
 
     def step(self, x: Float[Tensor, "B C"], state: State) -> Float[Tensor, "B C"]:
-        z, u, inputs, conv = self._project(x[:, None], state["conv"])
-        y = decayed_linear_attention_step(*(part[:, 0] for part in inputs), state["h"])
-        state["conv"].copy_(conv)
-        return self._output(y, u[:, 0], z[:, 0])
-
-    def _project(
-        self, x: Tensor, past: Tensor | None
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...], Tensor]:
         z, convolved, dt = self.in_proj(x).split(self.split, dim=-1)
-        convolved, past = self.conv(convolved, past)
+        u, inputs = self._inputs(self.conv.step(convolved, state["conv"]), dt)
+        return self._output(decayed_linear_attention_step(*inputs, state["h"]), u, z)
+
+    def _inputs(
+        self, convolved: Float[Tensor, "... D"], dt: Float[Tensor, "... H"]
+    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """x by heads; and C, B, the values and log decays of linear attention."""
         sizes = (self.split[0], self.state_size, self.state_size)
         u, B, C = convolved.split(sizes, dim=-1)
         u = u.unflatten(-1, (-1, self.head_dim))
@@ -74,7 +75,7 @@ class Mamba2(Mixer):
         dt = F.softplus(dt.to(wide) + self.dt_bias.to(wide))
         log_decay = -self.A_log.to(wide).exp() * dt
         values = (dt[..., None] * u).to(u.dtype)
-        return z, u, (C[..., None, :], B[..., None, :], values, log_decay[..., None]), past
+        return u, (C[..., None, :], B[..., None, :], values, log_decay[..., None])
 
     def _output(self, y: Tensor, u: Tensor, z: Tensor) -> Tensor:
         y = (y + self.D.to(u.dtype)[:, None] * u).flatten(-2) * F.silu(z)

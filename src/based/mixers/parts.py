@@ -35,8 +35,16 @@ class ShortConvolution(nn.Module):
     ) -> tuple[Float[Tensor, "B T C"], Float[Tensor, "B P C"] | None]:
         """The convolved inputs, and the next state if one was given."""
         y = short_convolution(x, self.weight.to(x.dtype), past)
-        y = y if self.bias is None else y + self.bias.to(y.dtype)
-        return F.silu(y), None if past is None else next_past(x, past)
+        return self._activate(y), None if past is None else next_past(x, past)
+
+    def step(self, x: Float[Tensor, "B C"], past: Float[Tensor, "B P C"]) -> Float[Tensor, "B C"]:
+        """One token for every row; changes the state in place."""
+        window = torch.cat([past.to(x.dtype), x[:, None]], dim=1)
+        past.copy_(window[:, 1:])
+        return self._activate((window * self.weight.T.to(x.dtype)).sum(1))
+
+    def _activate(self, y: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
+        return F.silu(y if self.bias is None else y + self.bias.to(y.dtype))
 
 
 def time_step_bias(size: int) -> Float[Tensor, " C"]:

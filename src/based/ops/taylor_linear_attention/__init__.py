@@ -1,8 +1,7 @@
 """Second-order Taylor linear attention (paper section 4.1, equation 4)."""
 
-from based.ops.precision import state_dtype
 from based.ops.taylor_linear_attention.chunked import taylor_linear_attention
-from based.ops.taylor_linear_attention.features import num_features
+from based.ops.taylor_linear_attention.features import num_features, state_dtype
 from based.ops.taylor_linear_attention.step import taylor_linear_attention_step
 
 __all__ = [

@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from based.ops.chunks import to_chunks
-from based.ops.precision import state_dtype, without_autocast
+from based.ops.precision import without_autocast
 from based.ops.taylor_linear_attention.features import (
     key_features,
     num_features,
     query_features,
+    state_dtype,
 )
 
 CHUNK = 128
@@ -204,7 +204,7 @@ def _block(
     v = F.pad(v.to(state.dtype), (0, 1), value=1.0)
     if exists is not None:
         v = v * exists[:, None, None]
-    q, k, v = (to_chunks(x.to(state.dtype), chunk) for x in (q, k, v))
+    q, k, v = (_chunks(x.to(state.dtype), chunk) for x in (q, k, v))
     a = torch.tril(_taylor(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5))
     added = key_features(k).transpose(-1, -2) @ v
     before, after = [], []
@@ -216,6 +216,12 @@ def _block(
     out = a @ v + query_features(q) @ torch.stack(before, dim=2)
     out = out.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, :tokens]
     return (out[..., :-1] / out[..., -1:]).to(dtype), after
+
+
+def _chunks(x: Float[Tensor, "B T H D"], chunk: int) -> Float[Tensor, "B H M L D"]:
+    """Pads with zeros to whole chunks (M of L tokens): zero values leave the state alone."""
+    x = F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % chunk))
+    return x.unflatten(1, (-1, chunk)).permute(0, 3, 1, 2, 4)
 
 
 def _taylor(s: Float[Tensor, "..."]) -> Float[Tensor, "..."]:

@@ -25,6 +25,9 @@ from based.models.decoder import Decoder
 MODEL_TYPE = "based"
 PREFIX = "model."
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+# Transformers runs this module, which a saved model carries, where Based was not imported.
+HUB_MODULE = "based.models.huggingface.modeling_based"
+HUB_CODE = Path(__file__).parent / "huggingface" / "modeling_based.py"
 
 
 def save_model(model: Decoder, path: str | Path, tokenizer: str | Path | None = None) -> None:

@@ -81,15 +81,16 @@ def _tokenizer(config: Convert, source: Source) -> Path | None:
 
 
 def _report(console: Console, mapped: Mapped) -> None:
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table("official tensor", "count", "ours", title="Tensors")
-    for (theirs, ours), count in mapped.renamed.items():
-        table.add_row(theirs, str(count), ours)
+    theirs, ours = Column("official tensor", overflow="fold"), Column("ours", overflow="fold")
+    table = Table(theirs, "count", ours, title="Tensors")
+    for (name, new), count in mapped.renamed.items():
+        table.add_row(name, str(count), new)
     for name, reason in mapped.dropped.items():
         table.add_row(name, "1", f"dropped: {reason}")
     console.print(table)
-    dials = Table("setting", "value", "read from", title="Configuration")
+    dials = Table(Column("setting", overflow="fold"), "value", "read from", title="Configuration")
     for name, origin in mapped.dials.items():
         value = mapped.config.mixer_options.get(name) or getattr(mapped.config, name)
         dials.add_row(name, str(value), origin)

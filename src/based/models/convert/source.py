@@ -87,10 +87,8 @@ def read_pickled(path: Path) -> Iterator[tuple[str, Tensor]]:
             path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
         )
     except pickle.UnpicklingError as error:
-        if "weights_only" not in str(error).lower() and "weights only" not in str(error).lower():
-            raise BasedError(f"{path} is damaged or truncated") from error
         raise BasedError(
-            f"{path} holds more than tensors; its code is not run. Look for safetensors "
+            f"{path} is no plain file of tensors, and code in it is not run; look for safetensors "
             "(--revision), or save its state dict alone"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict, field, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, no_type_check
 
 from transformers import AutoConfig, PreTrainedConfig
 
 from based.errors import BasedError
 from based.mixers.registry import mixer_class
-from based.models.checkpoint import HUB_MODULE, MODEL_TYPE
+from based.models.checkpoint import MODEL_TYPE
 from based.models.config import DecoderConfig
 from based.models.presets import based_360m
 
@@ -22,6 +22,8 @@ LAYER_TYPES = {
 }
 
 
+# Transformers makes a dataclass of it whose __init__ takes more than the signature says.
+@no_type_check
 class BasedConfig(PreTrainedConfig):
     """The fields of `DecoderConfig` and those of every Hugging Face model; default based-360m."""
 
@@ -76,7 +78,4 @@ class BasedConfig(PreTrainedConfig):
         ]
 
 
-# A saved model carries the module that its classes name: a short one that imports these.
-BasedConfig.__module__ = HUB_MODULE
-BasedConfig.register_for_auto_class()
 AutoConfig.register(MODEL_TYPE, BasedConfig)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from importlib import import_module
 from typing import Any, ClassVar
 
 import torch
@@ -111,6 +112,9 @@ class BasedForCausalLM(PreTrainedModel, GenerationMixin):
             raise BasedError(f"the checkpoint lacks weights of the model: {missing}, ...")
         return (model, info) if output_loading_info else model
 
+    def initialize_weights(self) -> None:
+        """Leaves weights alone: a `Decoder` draws them when it is made."""
+
     def get_input_embeddings(self) -> nn.Module:
         """The embedding, whose weight the head shares."""
         return self.model.embedding
@@ -190,19 +194,17 @@ class BasedForCausalLM(PreTrainedModel, GenerationMixin):
                 raise BasedError("this model's state grows with length; it has no static cache")
             model_kwargs[CACHE] = BasedCache(static=kind == "static")
 
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, Decoder):
-            module.init_weights()
-
     def _set_gradient_checkpointing(
-        self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, **_: Any
+        self,
+        enable: bool = True,
+        gradient_checkpointing_func: Any = checkpoint,
+        every_n_layers: int = 1,
     ) -> None:
         """Makes blocks recompute their activations in backward, or no longer."""
         self.gradient_checkpointing = enable
-        for block in self.model.blocks:
+        for layer, block in enumerate(self.model.blocks):
             block.__dict__.pop("forward", None)
-            if enable:
+            if enable and layer % every_n_layers == 0:
                 block.forward = partial(_recomputed, block.forward, gradient_checkpointing_func)
 
 
@@ -233,6 +235,10 @@ def _refuse(kwargs: dict[str, Any]) -> None:
             raise BasedError(f"{name} is not supported by Based models")
 
 
-BasedForCausalLM.__module__ = HUB_MODULE
-BasedForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 AutoModelForCausalLM.register(BasedConfig, BasedForCausalLM)
+
+# A saved model carries the module that its classes name: a short one that imports these.
+BasedConfig.__module__ = BasedForCausalLM.__module__ = HUB_MODULE
+BasedConfig.register_for_auto_class("AutoConfig")
+BasedForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+import_module(HUB_MODULE)

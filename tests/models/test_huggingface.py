@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import jaxtyping
@@ -124,7 +125,7 @@ def test_positions_that_begin_again_separate_packed_documents() -> None:
     positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 5, 6], [4, 5, 0, 1, 2, 3, 4, 5, 6, 0]])
     got = model(ids, position_ids=positions, use_cache=False).logits
     for row, edges in ((0, (0, 3, 10)), (1, (0, 2, 9, 10))):
-        for start, end in zip(edges[:-1], edges[1:], strict=True):
+        for start, end in pairwise(edges):
             alone = model(ids[row : row + 1, start:end]).logits[0]
             torch.testing.assert_close(got[row, start:end], alone, rtol=1e-9, atol=1e-9)
     plain = torch.arange(10).expand(2, 10)

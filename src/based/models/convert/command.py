@@ -57,7 +57,9 @@ def run(config: Convert) -> None:
     if config.verify:
         with console.status("verifying"):
             error = verify(model)
-        console.print(f"verified: steps and parallel form agree to {error:.0e} of the logits' spread")
+        console.print(
+            f"verified: steps and parallel form agree to {error:.0e} of the logits' spread"
+        )
     with console.status(f"writing {config.out}"):
         save_model(model, config.out, tokenizer)
     console.print(f"{model.num_parameters():,} parameters in {model.dtype} -> {config.out}")

@@ -33,7 +33,7 @@ def convert(source: Source) -> tuple[Decoder, Mapped]:
         some = ", ".join(sorted(tensors)[:2])
         raise BasedError(f"{source.name} is of no family known here; it has tensors {some}, ...")
     mapped = FAMILIES[family](values, tensors)
-    return _decoder(mapped.config, mapped.tensors, source.name), mapped
+    return decoder(mapped.config, mapped.tensors, source.name), mapped
 
 
 def _named(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -41,7 +41,8 @@ def _named(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
 
 
-def _decoder(config: DecoderConfig, tensors: dict[str, Tensor], name: str) -> Decoder:
+def decoder(config: DecoderConfig, tensors: dict[str, Tensor], name: str) -> Decoder:
+    """A decoder on exactly these tensors, not copied; `name` is for messages."""
     with torch.device("meta"):
         model = Decoder(config)
     check_fits(model, tensors, name)

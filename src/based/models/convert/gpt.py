@@ -166,7 +166,9 @@ def _mixer(
         return LINEAR, _linear(mixer, slot), f"{slot}.num_heads, .feature_dim"
     if kind == "SlidingAttention":
         if int(fraction * head_dim) != head_dim:
-            raise BasedError(f"rotary_emb_fraction is {fraction}; window layers here rotate whole heads")
+            raise BasedError(
+                f"rotary_emb_fraction is {fraction}; window layers here rotate whole heads"
+            )
         window = window_from_official(_number(mixer, "window_size", 128))
         # The official code gives these layers the model's heads, whatever the mixer says.
         options = {"num_heads": num_heads, "window": window}

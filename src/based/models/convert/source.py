@@ -1,4 +1,4 @@
-"""Reads an official checkpoint, from a directory or the Hugging Face hub. Never runs pickled code."""
+"""Reads a checkpoint, from a directory or the Hugging Face hub. Never runs pickled code."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ class Source:
     def __init__(self, name: str, revision: str | None = None) -> None:
         self.name, self.revision = name, revision
         self.is_local = Path(name).exists()
+        self.where = "there" if self.is_local else "there, or the hub cannot be reached"
 
     def file(self, name: str) -> Path | None:
         """The file's path, downloaded if need be; None if the checkpoint has no such file."""
@@ -46,7 +47,9 @@ class Source:
         except EntryNotFoundError:
             return None
         except HFValidationError:
-            raise BasedError(f"there is no directory {self.name}, nor can the hub have it") from None
+            raise BasedError(
+                f"there is no directory {self.name}, nor can the hub have it"
+            ) from None
         except (HfHubHTTPError, OSError) as error:
             reason = str(error).strip().splitlines()[0]
             raise BasedError(f"could not get {name} of {self.name}: {reason}") from error
@@ -55,7 +58,7 @@ class Source:
         """What `config.json` holds."""
         path = self.file(CONFIG)
         if path is None:
-            raise BasedError(f"no checkpoint in {self.name}: {CONFIG} is missing there")
+            raise BasedError(f"no checkpoint in {self.name}: {CONFIG} is missing {self.where}")
         return read_json(path)
 
     def tokenizer(self) -> Path | None:
@@ -68,7 +71,7 @@ class Source:
             path = self.file(form)
             if path is not None:
                 return dict(self._read(form, path))
-        raise BasedError(f"{self.name} has no weights: none of {', '.join(FORMS)} is there")
+        raise BasedError(f"no weights in {self.name}: none of {', '.join(FORMS)} is {self.where}")
 
     def _read(self, form: str, path: Path) -> Iterator[tuple[str, Tensor]]:
         for name in shards(read_json(path), path) if form.endswith(".json") else [form]:

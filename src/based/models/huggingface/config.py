@@ -69,7 +69,7 @@ class BasedConfig(PreTrainedConfig):
 
     @property
     def layer_types(self) -> list[str]:
-        """What each layer remembers, in transformers' words. Derived: `mixers` builds the layers."""
+        """What each layer remembers, in transformers' words; derived, and builds nothing."""
         return [
             LAYER_TYPES.get(name, "linear_attention")
             if mixer_class(name).fixed_state

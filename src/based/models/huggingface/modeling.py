@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from importlib import import_module
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,8 +50,9 @@ class BasedModel(Decoder):
             raise BasedError(
                 f"the cache is of {cache.batch_size} sequences, input_ids of {input_ids.shape[0]}"
             )
-        hidden = self._advance(input_ids, mask, cache)
-        return BaseModelOutputWithPast(last_hidden_state=hidden, **{CACHE: cache})
+        out = BaseModelOutputWithPast(last_hidden_state=self._advance(input_ids, mask, cache))
+        out[CACHE] = cache
+        return out
 
     def _hidden_without_cache(
         self, input_ids: Tensor, mask: Tensor | None, position_ids: Tensor | None
@@ -89,10 +90,10 @@ class BasedForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = BasedConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embedding.weight"}
+    _tied_weights_keys = {"lm_head.weight": "model.embedding.weight"}
     # A step does not pass through the blocks' `forward`, where placement hooks work.
-    _no_split_modules: ClassVar[list[str]] = ["BasedModel"]
-    _skip_keys_device_placement: ClassVar[list[str]] = ["cache", "past_key_values"]
+    _no_split_modules = ["BasedModel"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _is_stateful = True
     _can_compile_fullgraph = True
 
@@ -106,7 +107,8 @@ class BasedForCausalLM(PreTrainedModel, GenerationMixin):
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
         """As in transformers, but weights that are missing are an error, not drawn at random."""
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, info = loaded
         if info["missing_keys"]:
             missing = ", ".join(sorted(info["missing_keys"])[:3])
             raise BasedError(f"the checkpoint lacks weights of the model: {missing}, ...")
@@ -155,7 +157,9 @@ class BasedForCausalLM(PreTrainedModel, GenerationMixin):
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
             )
-        out = CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: outputs.get(CACHE)})
+        out = CausalLMOutputWithPast(loss=loss, logits=logits)
+        if CACHE in outputs:
+            out[CACHE] = outputs[CACHE]
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return out if as_dict else out.to_tuple()
 
@@ -166,7 +170,8 @@ class BasedForCausalLM(PreTrainedModel, GenerationMixin):
         kwargs.pop("position_ids", None)
         if not is_first_iteration and kwargs.get("use_cache", True):
             kwargs["attention_mask"] = None
-        return super().prepare_inputs_for_generation(
+        # The mixin's methods are typed for a protocol that PreTrainedModel itself does not meet.
+        return super().prepare_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
             input_ids, *args, is_first_iteration=is_first_iteration, **kwargs
         )
 
@@ -178,8 +183,13 @@ class BasedForCausalLM(PreTrainedModel, GenerationMixin):
         return attention_mask
 
     def _prepare_cache_for_generation(
-        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *_: Any
-    ) -> None:
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> Any:
         """One kind of cache for every model; `static` asks for a compiled decoding step."""
         kind = generation_config.cache_implementation
         if model_kwargs.get(CACHE) is not None:
@@ -224,7 +234,9 @@ def _mask(attention_mask: Tensor | None, tokens: int) -> Tensor | None:
     if attention_mask is None:
         return None
     if attention_mask.dim() != 2:
-        raise BasedError("attention_mask must be [batch, tokens], 1 on real tokens and 0 on padding")
+        raise BasedError(
+            "attention_mask must be [batch, tokens], 1 on real tokens and 0 on padding"
+        )
     mask = attention_mask[:, -tokens:].bool()
     return None if bool(mask.all()) else mask
 

@@ -202,12 +202,12 @@ def test_the_report_says_what_was_dropped_and_where_dials_were_found(
     tmp_path: Path, capsys
 ) -> None:
     main(["convert", str(write(tmp_path / "theirs")), str(tmp_path / "ours")])
-    out = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    out = capsys.readouterr().out
     for text in (
         "dropped: a buffer that no official mixer reads",
         "dropped: a counter of the training run",
         "dropped: the embedding again (tied)",
-        "alt_mixer_2.window_size // 2 past",
+        "alt_mixer_2.window_size // 2 past keys",
         "rows of the embedding; 37 and padding",
         "88,384 parameters in torch.float32",
         "give --tokenizer",

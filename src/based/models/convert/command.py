@@ -11,8 +11,6 @@ import tyro
 from based.errors import BasedError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from based.models.convert.source import Source
     from based.models.convert.tensors import Mapped
 
@@ -53,7 +51,7 @@ def run(config: Convert) -> None:
     with console.status(f"reading {config.source}"):
         model, mapped = convert(source)
         tokenizer = _tokenizer(config, source)
-    _report(console, mapped)
+    _report(mapped)
     if config.verify:
         with console.status("verifying"):
             error = verify(model)
@@ -82,18 +80,13 @@ def _tokenizer(config: Convert, source: Source) -> Path | None:
     return found
 
 
-def _report(console: Console, mapped: Mapped) -> None:
-    from rich.table import Column, Table
-
-    theirs, ours = Column("official tensor", overflow="fold"), Column("ours", overflow="fold")
-    table = Table(theirs, "count", ours, title="Tensors")
-    for (name, new), count in mapped.renamed.items():
-        table.add_row(name, str(count), new)
-    for name, reason in mapped.dropped.items():
-        table.add_row(name, "1", f"dropped: {reason}")
-    console.print(table)
-    dials = Table(Column("setting", overflow="fold"), "value", "read from", title="Configuration")
+def _report(mapped: Mapped) -> None:
+    """A line for each kind of tensor and each setting; a table's cells would break the names."""
+    lines = [(name, f"x{count}", new) for (name, new), count in mapped.renamed.items()]
+    lines += [(name, "x1", f"dropped: {reason}") for name, reason in mapped.dropped.items()]
+    width = max(len(name) for name, _, _ in lines)
+    for name, count, what in lines:
+        print(f"{name:<{width}} {count:>4}  {what}")
     for name, origin in mapped.dials.items():
         value = mapped.config.mixer_options.get(name) or getattr(mapped.config, name)
-        dials.add_row(name, str(value), origin)
-    console.print(dials)
+        print(f"{name}: {value} (from {origin})")

@@ -11,15 +11,9 @@ from based.errors import BasedError
 from based.mixers.registry import mixer_class
 from based.models.checkpoint import MODEL_TYPE
 from based.models.config import DecoderConfig
-from based.models.presets import based_360m
+from based.models.presets import WINDOW, based_360m
 
 DEFAULT = based_360m()
-
-# The names that transformers knows for what a layer remembers; what is not here is recurrent.
-LAYER_TYPES = {
-    "gated_convolution": "conv",
-    "sliding_window_attention": "sliding_attention",
-}
 
 
 # Transformers makes a dataclass of it whose __init__ takes more than the signature says.
@@ -70,12 +64,13 @@ class BasedConfig(PreTrainedConfig):
     @property
     def layer_types(self) -> list[str]:
         """What each layer remembers, in transformers' words; derived, and builds nothing."""
-        return [
-            LAYER_TYPES.get(name, "linear_attention")
-            if mixer_class(name).fixed_state
-            else "full_attention"
-            for name in self.mixers
-        ]
+        return [_layer_type(name) for name in self.mixers]
+
+
+def _layer_type(mixer: str) -> str:
+    if not mixer_class(mixer).fixed_state:
+        return "full_attention"
+    return "sliding_attention" if mixer == WINDOW else "linear_attention"
 
 
 AutoConfig.register(MODEL_TYPE, BasedConfig)

@@ -182,6 +182,7 @@ def test_config_is_derived_from_mixers_alone() -> None:
         (lambda m: m(prompts(), inputs_embeds=torch.ones(2, 11, 32)), "inputs_embeds is not"),
         (lambda m: m(prompts(), attention_mask=torch.ones(2, 1, 9, 9)), "attention_mask must be"),
         (lambda m: m(prompts(3), **{CACHE: m(prompts(2))[CACHE]}), "the cache is of 2 sequences"),
+        (lambda m: m(prompts(), **{CACHE: DynamicCache()}), "DynamicCache cannot hold"),
         (lambda m: m(prompts())[CACHE].crop(-1), "cannot forget"),
         (lambda m: generate(m, prompts(), cache_implementation="static"), "grows with length"),
         (lambda m: generate(m, prompts(), cache_implementation="offloaded"), "leave it out"),
@@ -234,6 +235,14 @@ def test_left_padded_batch_gives_what_each_prompt_gives_alone(beams: int) -> Non
     for row in range(3):
         alone = generate(model, ids[row : row + 1, mask[row]], num_beams=beams)
         assert torch.equal(together[row, 9:], alone[0, -5:])
+
+
+def test_a_prompt_read_in_chunks() -> None:
+    model, ids = build(), prompts(2, 11)
+    mask = torch.arange(11) >= torch.tensor([[5], [0]])
+    options = {"attention_mask": mask.long()}
+    got = generate(model, ids, prefill_chunk_size=4, **options)
+    assert torch.equal(got, generate(model, ids, **options))
 
 
 def test_generation_ends_at_the_end_token() -> None:

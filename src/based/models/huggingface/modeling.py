@@ -9,7 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    Cache,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedModel,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from based.errors import BasedError
@@ -30,7 +36,7 @@ class BasedModel(Decoder):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        cache: BasedCache | None = None,
+        cache: Cache | None = None,
         use_cache: bool = False,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
@@ -46,6 +52,10 @@ class BasedModel(Decoder):
             hidden = self._hidden_without_cache(input_ids, mask, position_ids)
             return BaseModelOutputWithPast(last_hidden_state=hidden)
         cache = BasedCache() if cache is None else cache
+        if not isinstance(cache, BasedCache):
+            raise BasedError(
+                f"a {type(cache).__name__} cannot hold this model's state; BasedCache can"
+            )
         if cache.state is not None and cache.batch_size != input_ids.shape[0]:
             raise BasedError(
                 f"the cache is of {cache.batch_size} sequences, input_ids of {input_ids.shape[0]}"
@@ -131,8 +141,8 @@ class BasedForCausalLM(PreTrainedModel, GenerationMixin):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        cache: BasedCache | None = None,
-        past_key_values: BasedCache | None = None,
+        cache: Cache | None = None,
+        past_key_values: Cache | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,

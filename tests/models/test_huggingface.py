@@ -27,6 +27,7 @@ from based.models import Decoder, DecoderConfig, load_model, save_model
 from based.models.checkpoint import AUTO, HUB_CODE, read_config
 from based.models.huggingface import BasedCache, BasedConfig, BasedForCausalLM
 from based.models.huggingface.modeling import CACHE
+from tests.mixers.test_every_mixer import SIZE, every_mixer
 
 FIXED = ("gated_convolution", "taylor_linear_attention", "sliding_window_attention")
 OPTIONS = {
@@ -197,11 +198,10 @@ def test_what_cannot_be_is_one_line(call, message: str) -> None:
 # Generation
 
 
-@pytest.mark.parametrize("mixer", MIXERS)
-def test_generate_is_the_whole_text_again_for_every_mixer(mixer: str) -> None:
-    options = {**OPTIONS}
-    hub = BasedConfig.of(DecoderConfig(VOCABULARY, 24, 32, (mixer, "gated_convolution"), options))
-    model, ids = BasedForCausalLM(hub).double().eval(), prompts()
+@every_mixer
+def test_generate_is_the_whole_text_again_for_every_mixer(name, options) -> None:
+    shape = DecoderConfig(VOCABULARY, SIZE, 32, (name, "gated_convolution"), {name: options})
+    model, ids = BasedForCausalLM(BasedConfig.of(shape)).double().eval(), prompts()
     randomize(model)
     assert torch.equal(generate(model, ids), greedy(model, ids, 5))
     assert torch.equal(generate(model, ids, use_cache=False), greedy(model, ids, 5))

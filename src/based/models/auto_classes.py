@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -42,7 +43,7 @@ class _RegisterAfter(MetaPathFinder):
 
             def execute_and_register(module: ModuleType) -> None:
                 execute(module)
-                import_module(REGISTERS[fullname])
+                _register(fullname)
 
             spec.loader.exec_module = execute_and_register
         return spec
@@ -50,8 +51,14 @@ class _RegisterAfter(MetaPathFinder):
 
 def register_auto_classes() -> None:
     """Makes `AutoConfig` and `AutoModelForCausalLM` know our models, now or once imported."""
-    for theirs, ours in REGISTERS.items():
+    for theirs in REGISTERS:
         if theirs in sys.modules:
-            import_module(ours)
+            _register(theirs)
         else:
             sys.meta_path.insert(0, _RegisterAfter(theirs))
+
+
+def _register(theirs: str) -> None:
+    # A transformers too old for our classes must go on working without them.
+    with suppress(ImportError):
+        import_module(REGISTERS[theirs])

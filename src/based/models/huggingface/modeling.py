@@ -178,7 +178,7 @@ class BasedForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> dict[str, Any]:
         """As in transformers; positions are counted by the state, and generated tokens are real."""
         kwargs.pop("position_ids", None)
-        if not is_first_iteration and kwargs.get("use_cache", True):
+        if kwargs.get("next_sequence_length") == 1 and not is_first_iteration:
             kwargs["attention_mask"] = None
         # The mixin's methods are typed for a protocol that PreTrainedModel itself does not meet.
         return super().prepare_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]

@@ -114,9 +114,9 @@ class Decoder(nn.Module):
             if isinstance(module, nn.Linear | nn.Embedding):
                 to_residual = name.endswith(("out_proj", "fc2"))
                 scale = (2 * len(self.blocks)) ** -0.5 if to_residual else 1.0
-                module.weight.normal_(std=std * scale)
+                nn.init.normal_(module.weight, std=std * scale)
             if isinstance(module, nn.Linear) and module.bias is not None:
-                module.bias.zero_()
+                nn.init.zeros_(module.bias)
 
     @property
     def device(self) -> torch.device:
@@ -173,11 +173,16 @@ class Decoder(nn.Module):
     @torch.no_grad()
     def step(self, tokens: Int[Tensor, " B"], state: DecoderState) -> Float[Tensor, "B V"]:
         """Feeds one token to every row, changes the state in place, returns the next logits."""
+        return self.logits(self.step_hidden(tokens, state))
+
+    @torch.no_grad()
+    def step_hidden(self, tokens: Int[Tensor, " B"], state: DecoderState) -> Float[Tensor, "B C"]:
+        """As `step`, but returns the final hidden states, ready for `logits`."""
         x = self._embed(tokens)
         for block, layer_state in zip(self.blocks, state, strict=True):
             assert isinstance(block, Block)
             x = block.step(x, layer_state)
-        return self.logits(self.norm(x))
+        return self.norm(x)
 
     def init_state(self, batch_size: int, length: int = 0) -> DecoderState:
         """The state before the first token; `length` reserves room in states that grow."""

@@ -17,8 +17,8 @@ from based.ops.chunks import chunk_of
 from based.ops.peers import peer_kernel
 from based.ops.precision import state_dtype, without_autocast
 
-# States of one span, in elements: small beside the activations, large enough to fill a GPU.
-SPAN_ELEMENTS = 1 << 24
+# States of one span, in elements: a CPU's cache, or enough to fill a GPU.
+SPAN_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 24}
 
 
 @without_autocast
@@ -44,14 +44,14 @@ def selective_scan(
         u, delta, b, c = (y.mT.contiguous() for y in (x, delta, b, c))
         out, last = kernel(u, delta, A, b, c, return_last_state=True)
         return out.mT.to(out_dtype), last
-    if state is None:
-        state = x.new_zeros(B, D, A.shape[1])
-    outs, span = [], max(16, SPAN_ELEMENTS // max(state.numel(), 1))
+    carry: Tensor = x.new_zeros(B, D, A.shape[1]) if state is None else state
+    # One A for each row would do too: so several models of one shape run as one batch.
+    A, outs, span = A[None], [], max(16, SPAN_ELEMENTS[x.device.type] // max(carry.numel(), 1))
     for first in range(0, T, span):
         part = slice(first, first + span)
-        y, state = _Span.apply(x[:, part], delta[:, part], A, b[:, part], c[:, part], state)
+        y, carry = _Span.apply(x[:, part], delta[:, part], A, b[:, part], c[:, part], carry)
         outs.append(y)
-    return torch.cat(outs, dim=1).to(out_dtype) if outs else x.to(out_dtype), state
+    return torch.cat(outs, dim=1).to(out_dtype) if outs else x.to(out_dtype), carry
 
 
 class _Span(torch.autograd.Function):
@@ -63,17 +63,31 @@ class _Span(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
         x: Float[Tensor, "B T D"],
         delta: Float[Tensor, "B T D"],
-        A: Float[Tensor, "D N"],
+        A: Float[Tensor, "#B D N"],
         b: Float[Tensor, "B T N"],
         c: Float[Tensor, "B T N"],
         state: Float[Tensor, "B D N"],
     ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B D N"]]:
-        ctx.save_for_backward(x, delta, A, b, c, state)
         h = _scan(delta, A, delta * x, b, state)
         return (h @ c[..., None])[..., 0], h[:, -1].clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], *inputs: Tensor
+    ) -> tuple[tuple[Tensor, ...], tuple[int, int]]:
+        """Lanes become rows, each with its own A."""
+        rows, lanes = inputs[0].shape[0 if in_dims[0] is None else 1], info.batch_size
+        folded = []
+        for x, dim in zip(inputs, in_dims, strict=True):
+            x = x[None] if dim is None else x.movedim(dim, 0)
+            folded.append(x.expand(lanes, rows, *x.shape[2:]).flatten(0, 1))
+        return tuple(y.unflatten(0, (lanes, rows)) for y in _Span.apply(*folded)), (0, 0)
 
     @staticmethod
     @once_differentiable
@@ -90,15 +104,15 @@ class _Span(torch.autograd.Function):
         db = ((delta * x)[..., None, :] @ to_h)[..., 0, :]
         # h_t without what token t added is exp(delta_t A) h_(t-1).
         to_exponent = to_h * (h - (delta * x)[..., None] * b[:, :, None, :])
-        d_delta = drive * x + (to_exponent * A).sum(-1)
-        dA = (to_exponent * delta[..., None]).sum((0, 1))
+        d_delta = drive * x + (to_exponent * A[:, None]).sum(-1)
+        dA = (to_exponent * delta[..., None]).sum(1).sum_to_size(A.shape)
         d_state = to_h[:, 0] * (delta[:, 0, :, None] * A).exp()
         return drive * delta, d_delta, dA, db, dc, d_state
 
 
 def _scan(
     delta: Float[Tensor, "B T D"],
-    A: Float[Tensor, "D N"],
+    A: Float[Tensor, "#B D N"],
     inputs: Float[Tensor, "B T D"],
     b: Float[Tensor, "B T N"],
     state: Float[Tensor, "B D N"],
@@ -111,6 +125,7 @@ def _scan(
         F.pad(y, (0, 0, 0, -T % chunk)).unflatten(1, (-1, chunk)) for y in (delta, inputs, b)
     )
     h = inputs[..., None] * b[..., None, :]
+    A = A[:, None, None]
     decay = (delta[..., None] * A).exp()
     for token in range(1, chunk):
         h[:, :, token].addcmul_(decay[:, :, token], h[:, :, token - 1])

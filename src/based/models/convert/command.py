@@ -20,7 +20,7 @@ PUBLISHED_TOKENIZER = "openai-community/gpt2"
 
 @dataclass(frozen=True)
 class Convert:
-    """Read an official Based or attention checkpoint and save it as a model of ours.
+    """Read an official Based, attention or Mamba checkpoint and save it as a model of ours.
 
     Prints what each of its tensors became, which were dropped and why, and where in
     its config.json the model's dials were found.

@@ -11,7 +11,7 @@ from torch import Tensor
 from based.errors import BasedError
 from based.models.checkpoint import check_fits
 from based.models.config import DecoderConfig
-from based.models.convert import gpt
+from based.models.convert import gpt, mamba
 from based.models.convert.source import Source
 from based.models.convert.tensors import Mapped
 from based.models.decoder import Decoder
@@ -19,6 +19,7 @@ from based.models.decoder import Decoder
 # A family is known by how its tensors' names begin.
 FAMILIES: dict[str, Callable[[Mapping[str, Any], Mapping[str, Tensor]], Mapped]] = {
     "transformer.": gpt.convert,
+    "backbone.": mamba.convert,
 }
 
 

@@ -21,11 +21,11 @@ MIXERS = (
 )
 
 
-def tiny(dtype: torch.dtype = torch.float64) -> Decoder:
+def tiny(dtype: torch.dtype = torch.float64, intermediate_size: int = 48) -> Decoder:
     config = DecoderConfig(
         vocab_size=40,
         hidden_size=32,
-        intermediate_size=48,
+        intermediate_size=intermediate_size,
         mixers=MIXERS,
         mixer_options={
             "taylor_linear_attention": {"num_heads": 2, "feature_dim": 4},
@@ -77,8 +77,11 @@ def test_dials_change_the_state_and_nothing_else_does() -> None:
         assert model.state_bytes(0, torch.bfloat16) == size <= 3_000_000
 
 
-def test_forward_is_prefill_is_steps() -> None:
-    model, tokens = tiny(), torch.randint(0, 40, (2, 30))
+@pytest.mark.parametrize("intermediate_size", [48, 0])
+def test_forward_is_prefill_is_steps(intermediate_size: int) -> None:
+    model = tiny(intermediate_size=intermediate_size)
+    tokens = torch.randint(0, 40, (2, 30))
+    assert any("mlp" in name for name, _ in model.named_parameters()) == (intermediate_size > 0)
     whole, _ = model(tokens)
     first, state = model(tokens[:, :11], model.init_state(2))
     second, state = model(tokens[:, 11:20], state)
@@ -206,6 +209,7 @@ def test_a_full_disk_keeps_what_was_there(tmp_path: Path, monkeypatch: pytest.Mo
         (lambda: Decoder(replace(preset("based-tiny"), mixers=("magic",))), "no mixer is named"),
         (lambda: replace(preset("based-tiny"), mixers=()), "mixers is empty"),
         (lambda: replace(preset("based-tiny"), vocab_size=0), "vocab_size is 0"),
+        (lambda: replace(preset("based-tiny"), intermediate_size=-1), "must be at least 0"),
         (lambda: DecoderConfig.from_dict({"colour": 1}), "unknown fields: colour"),
         (lambda: DecoderConfig.from_dict({"vocab_size": 1}), "incomplete"),
         (lambda: settings_within("attn-360m", 10, torch.float32), "no dials"),

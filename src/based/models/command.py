@@ -75,8 +75,8 @@ def _print_model(console: Console, name: str, model: Decoder, dtype: torch.dtype
     options = model.config.mixer_options
     console.print(
         f"[bold]{name}[/]: {model.num_parameters():,} parameters, {len(model.blocks)} layers of "
-        f"width {model.config.hidden_size}, MLP {model.config.intermediate_size}, vocabulary "
-        f"{model.config.vocab_size:,} (embedding tied)"
+        f"width {model.config.hidden_size}, MLP {model.config.intermediate_size or 'none'}, "
+        f"vocabulary {model.config.vocab_size:,} (embedding tied)"
     )
     table = Table(title="Layers; state of one sequence in bfloat16")
     table.add_column("mixer", no_wrap=True)

@@ -14,7 +14,8 @@ class DecoderConfig:
     """Shape of a decoder. `mixers`, one registry name a layer, builds its layers.
 
     `mixer_options[name]` are the keyword arguments of every mixer of that name.
-    `vocab_size` counts the rows of the embedding, padding included.
+    `vocab_size` counts the rows of the embedding, padding included. With
+    `intermediate_size` 0 a layer is its mixer alone, as Mamba's are.
     """
 
     vocab_size: int
@@ -26,9 +27,9 @@ class DecoderConfig:
     initializer_range: float = 0.02
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "intermediate_size"):
-            if getattr(self, name) < 1:
-                raise BasedError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name, least in (("vocab_size", 1), ("hidden_size", 1), ("intermediate_size", 0)):
+            if getattr(self, name) < least:
+                raise BasedError(f"{name} is {getattr(self, name)}; it must be at least {least}")
         if not self.mixers:
             raise BasedError("mixers is empty; name one mixer for each layer")
 

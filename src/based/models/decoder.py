@@ -1,4 +1,4 @@
-"""The decoder: pre-norm blocks of one mixer and one SwiGLU, float32 residual, tied embeddings.
+"""The decoder: pre-norm blocks of a mixer and a SwiGLU, float32 residual, tied embeddings.
 
 One class is every model here. Which mixers it has, and where, is in the config;
 what it remembers between calls is a `DecoderState`, one mixer state a layer.
@@ -61,28 +61,34 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """x + mixer(norm(x)), then x + mlp(norm(x)), on a float32 residual stream."""
+    """x + mixer(norm(x)), then x + mlp(norm(x)), on a float32 residual stream.
+
+    Without an MLP (intermediate_size 0) a block is its first half.
+    """
 
     def __init__(self, config: DecoderConfig, mixer: str) -> None:
         super().__init__()
         size = config.hidden_size
         self.mixer_norm = RMSNorm(size, config.norm_eps)
         self.mixer: Mixer = build_mixer(mixer, size, **config.mixer_options.get(mixer, {}))
-        self.mlp_norm = RMSNorm(size, config.norm_eps)
-        self.mlp = SwiGLU(size, config.intermediate_size)
+        self.has_mlp = config.intermediate_size > 0
+        if self.has_mlp:
+            self.mlp_norm = RMSNorm(size, config.norm_eps)
+            self.mlp = SwiGLU(size, config.intermediate_size)
 
     def forward(
         self, x: Float[Tensor, "B T C"], state: State | None, cu_seqlens: Int[Tensor, " E"] | None
     ) -> tuple[Float[Tensor, "B T C"], State | None]:
         """Parallel form; see `Mixer.forward`."""
         mixed, state = self.mixer(self.mixer_norm(x), state, cu_seqlens)
-        x = x + mixed
-        return x + self.mlp(self.mlp_norm(x)), state
+        return self._mlp(x + mixed), state
 
     def step(self, x: Float[Tensor, "B C"], state: State) -> Float[Tensor, "B C"]:
         """One token for every row; changes the state in place."""
-        x = x + self.mixer.step(self.mixer_norm(x), state)
-        return x + self.mlp(self.mlp_norm(x))
+        return self._mlp(x + self.mixer.step(self.mixer_norm(x), state))
+
+    def _mlp(self, x: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
+        return x + self.mlp(self.mlp_norm(x)) if self.has_mlp else x
 
 
 class Decoder(nn.Module):

@@ -10,13 +10,29 @@ from based.mixers.packing import Packing
 SIZE, BATCH, LENGTH = 24, 2, 45
 
 # Small dials, so that 45 tokens go round the window and past a page of the cache.
-OPTIONS: dict[str, list[dict[str, int | float]]] = {
+OPTIONS: dict[str, list[dict[str, int | float | str]]] = {
     "taylor_linear_attention": [
         {"num_heads": 3, "feature_dim": 4},
         {"num_heads": 2, "feature_dim": 5},
     ],
-    "sliding_window_attention": [{"num_heads": 2, "window": 7}, {"num_heads": 3, "window": 1}],
+    "sliding_window_attention": [
+        {"num_heads": 2, "window": 7},
+        {"num_heads": 3, "window": 1, "rotary_fraction": 0.0, "bias": True},
+    ],
+    "base_convolution": [{}, {"kernel_size": 1}],
+    "hyena": [{"max_length": 320, "filter_size": 4}],
+    "h3": [{"state_size": 4, "head_dim": 2}, {"state_size": 2, "head_dim": 1}],
     "gated_convolution": [{}, {"kernel_size": 1}, {"kernel_size": 4, "expand": 1}],
+    "linear_attention": [
+        # Its denominators can come near zero; with these sizes and seed none does.
+        {"num_heads": 2, "feature_dim": 5, "feature_map": "identity"},
+        {"num_heads": 3, "feature_dim": 4, "feature_map": "relu"},
+        {"num_heads": 2, "feature_dim": 5, "feature_map": "pos_elu"},
+        {"num_heads": 1, "feature_dim": 5, "feature_map": "square"},
+        {"num_heads": 1, "feature_dim": 5, "feature_map": "all_poly"},
+        {"num_heads": 2, "feature_dim": 3, "feature_map": "cosformer", "max_length": 320},
+        {"num_heads": 2, "feature_dim": 3, "feature_map": "performer", "num_features": 7},
+    ],
     "softmax_attention": [{"num_heads": 2}, {"num_heads": 3, "rotary_fraction": 0.5}],
 }
 CASES = [(name, options) for name in MIXERS for options in OPTIONS.get(name, [{}])]
@@ -30,10 +46,12 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 4e-2}
 
 @pytest.fixture(autouse=True)
 def _small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("based.mixers.softmax_attention.PAGE", 16)
+    monkeypatch.setattr("based.mixers.paging.PAGE", 16)
 
 
-def make(name: str, options: dict[str, int | float], dtype: torch.dtype = torch.float64) -> Mixer:
+def make(
+    name: str, options: dict[str, int | float | str], dtype: torch.dtype = torch.float64
+) -> Mixer:
     """A mixer whose weights are large enough that every term matters."""
     mixer = build_mixer(name, SIZE, **options)
     for parameter in mixer.parameters():

@@ -10,6 +10,7 @@ from based.ops.linear_attention import chunked
 from based.ops.taylor_linear_attention import (
     num_features,
     taylor_linear_attention,
+    taylor_linear_attention_outputs,
     taylor_linear_attention_step,
 )
 from based.ops.taylor_linear_attention.features import key_features, query_features
@@ -67,6 +68,14 @@ def test_chunked_is_the_reference(length: int, feature_dim: int, head_dim: int) 
     want = taylor_linear_attention_reference(*arguments)
     for got, expected in zip(taylor_linear_attention(*arguments), want, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("length", [1, 100, 256, 257])
+def test_outputs_alone_are_the_reference(length: int) -> None:
+    q, k, v, numerator, denominator = make(2, length, 2, 5, 3)
+    want, *_ = taylor_linear_attention_reference(q, k, v, 0 * numerator, 0 * denominator)
+    got = taylor_linear_attention_outputs(q, k, v)
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("elements", [1, 1 << 16])

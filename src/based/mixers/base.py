@@ -109,3 +109,10 @@ def at_least_one(**options: int) -> None:
     for name, value in options.items():
         if value < 1:
             raise BasedError(f"{name} is {value}; it must be at least 1")
+
+
+def probability(**options: float) -> None:
+    """Refuses a probability outside [0, 1), by its name."""
+    for name, value in options.items():
+        if not 0 <= value < 1:
+            raise BasedError(f"{name} is {value}; it must be at least 0 and below 1")

@@ -10,6 +10,10 @@ MIXERS: dict[str, str] = {
     "taylor_linear_attention": "based.mixers.taylor_linear_attention:TaylorLinearAttention",
     "sliding_window_attention": "based.mixers.sliding_window_attention:SlidingWindowAttention",
     "gated_convolution": "based.mixers.gated_convolution:GatedConvolution",
+    "linear_attention": "based.mixers.linear_attention:LinearAttention",
+    "base_convolution": "based.mixers.base_convolution:BaseConvolution",
+    "hyena": "based.mixers.hyena:Hyena",
+    "h3": "based.mixers.h3:H3",
     "softmax_attention": "based.mixers.softmax_attention:SoftmaxAttention",
 }
 

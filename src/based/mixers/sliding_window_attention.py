@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from based.mixers.base import Mixer, TensorSpec, at_least_one, split_heads
+from based.mixers.base import Mixer, TensorSpec, at_least_one, probability, split_heads
 from based.mixers.state import State
 from based.ops.packed import positions
 from based.ops.rotary import inverse_frequencies, rotate
@@ -16,16 +16,27 @@ class SlidingWindowAttention(Mixer):
 
     The state is a ring of exactly `window` rotated keys and their values, token t
     in slot t mod window, and the number of tokens seen. `based.ops.
-    sliding_window_attention` converts other conventions for `window`.
+    sliding_window_attention` converts other conventions for `window`. `rotary_fraction`,
+    `attention_dropout` and `bias` are those of `SoftmaxAttention`.
     """
 
-    def __init__(self, hidden_size: int, num_heads: int = 16, window: int = 129) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int = 16,
+        window: int = 129,
+        rotary_fraction: float = 1.0,
+        attention_dropout: float = 0.0,
+        bias: bool = False,
+    ) -> None:
         super().__init__()
         at_least_one(window=window)
-        self.num_heads, self.window = num_heads, window
+        probability(attention_dropout=attention_dropout)
+        self.num_heads, self.window, self.rotary_fraction = num_heads, window, rotary_fraction
+        self.attention_dropout = attention_dropout
         self.head_dim = split_heads(hidden_size, num_heads)
-        self.qkv_proj = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
-        self.out_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.qkv_proj = nn.Linear(hidden_size, 3 * hidden_size, bias=bias)
+        self.out_proj = nn.Linear(hidden_size, hidden_size, bias=bias)
 
     def state_spec(self, length: int, dtype: torch.dtype) -> dict[str, TensorSpec]:
         ring = TensorSpec((self.window, self.num_heads, self.head_dim))
@@ -37,7 +48,7 @@ class SlidingWindowAttention(Mixer):
         token = torch.arange(x.shape[1], device=x.device)[None]
         if state is None:
             q, k, v = self._project(x, token)
-            out = sliding_window_attention(q, k, v, self.window)
+            out = self._attend(q, k, v)
             return self.out_proj(out.flatten(-2)), None
         seen = state["length"]
         q, k, v = self._project(x, seen[:, None] + token)
@@ -45,7 +56,7 @@ class SlidingWindowAttention(Mixer):
         recent = (seen[:, None] - self.window + 1 + self._slots(x)[:-1]) % self.window
         k = torch.cat([_take(state["keys"], recent).to(k.dtype), k], dim=1)
         v = torch.cat([_take(state["values"], recent).to(v.dtype), v], dim=1)
-        out = sliding_window_attention(q, k, v, self.window, past=seen)
+        out = self._attend(q, k, v, past=seen)
         return self.out_proj(out.flatten(-2)), self._remember(k, v, seen, x.shape[1], state)
 
     def mix_packed(
@@ -57,7 +68,7 @@ class SlidingWindowAttention(Mixer):
         if state is not None:
             return super().mix_packed(x, cu_seqlens, state)
         q, k, v = self._project(x, positions(cu_seqlens, x.shape[1])[None])
-        out = sliding_window_attention(q, k, v, self.window, cu_seqlens=cu_seqlens)
+        out = self._attend(q, k, v, cu_seqlens=cu_seqlens)
         return self.out_proj(out.flatten(-2)), None
 
     def step(self, x: Float[Tensor, "B C"], state: State) -> Float[Tensor, "B C"]:
@@ -74,9 +85,20 @@ class SlidingWindowAttention(Mixer):
         seen += 1
         return self.out_proj(out.flatten(-2))
 
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        past: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
+        dropout = self.attention_dropout if self.training else 0.0
+        return sliding_window_attention(q, k, v, self.window, past, cu_seqlens, dropout)
+
     def _project(self, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = self.qkv_proj(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
-        frequencies = inverse_frequencies(self.head_dim).to(x.device)
+        frequencies = inverse_frequencies(self.head_dim, self.rotary_fraction).to(x.device)
         return rotate(q, position, frequencies), rotate(k, position, frequencies), v
 
     def _slots(self, x: Tensor) -> Int[Tensor, " W"]:

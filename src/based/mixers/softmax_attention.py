@@ -6,53 +6,63 @@ from typing import ClassVar
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from based.mixers.base import Mixer, TensorSpec, split_heads
+from based.mixers.base import Mixer, TensorSpec, probability, split_heads
+from based.mixers.paging import append, grow, paged
 from based.mixers.state import State
 from based.ops.rotary import inverse_frequencies, rotate
 from based.ops.softmax_attention import softmax_attention
 
-# The cache grows by whole pages of this many tokens.
-PAGE = 256
+CACHE = ("keys", "values")
 
 
 class SoftmaxAttention(Mixer):
     """Causal attention over all keys; `rotary_fraction` of each head is rotated.
 
     The state is the cache of rotated keys and values, in whole pages of 256
-    tokens, and the number of tokens seen: it grows with length.
+    tokens, and the number of tokens seen: it grows with length. `attention_dropout`
+    drops attention weights, in training alone; `bias` is on all projections.
     """
 
     fixed_state: ClassVar[bool] = False
 
-    def __init__(self, hidden_size: int, num_heads: int = 16, rotary_fraction: float = 1.0) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int = 16,
+        rotary_fraction: float = 1.0,
+        attention_dropout: float = 0.0,
+        bias: bool = False,
+    ) -> None:
         super().__init__()
+        probability(attention_dropout=attention_dropout)
         self.num_heads, self.rotary_fraction = num_heads, rotary_fraction
+        self.attention_dropout = attention_dropout
         self.head_dim = split_heads(hidden_size, num_heads)
-        self.qkv_proj = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
-        self.out_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.qkv_proj = nn.Linear(hidden_size, 3 * hidden_size, bias=bias)
+        self.out_proj = nn.Linear(hidden_size, hidden_size, bias=bias)
 
     def state_spec(self, length: int, dtype: torch.dtype) -> dict[str, TensorSpec]:
-        cache = TensorSpec((-(-length // PAGE) * PAGE, self.num_heads, self.head_dim))
+        cache = TensorSpec((paged(length), self.num_heads, self.head_dim))
         return {"keys": cache, "values": cache, "length": TensorSpec((), torch.long)}
 
     def mix(
         self, x: Float[Tensor, "B T C"], state: State | None = None
     ) -> tuple[Float[Tensor, "B T C"], State | None]:
         token = torch.arange(x.shape[1], device=x.device)[None]
+        dropout = self.attention_dropout if self.training else 0.0
         if state is None:
-            q, k, v = self._project(x, token)
-            return self.out_proj(softmax_attention(q, k, v).flatten(-2)), None
+            out = softmax_attention(*self._project(x, token), dropout=dropout)
+            return self.out_proj(out.flatten(-2)), None
         seen = state["length"]
         longest = int(seen.max()) if seen.numel() else 0
         q, k, v = self._project(x, seen[:, None] + token)
-        after = self._append(state, k, v, longest)
+        after = append(state, {"keys": k, "values": v}, longest)
         if longest == 0:
-            out = softmax_attention(q, k, v)
+            out = softmax_attention(q, k, v, dropout=dropout)
         else:
-            end = longest + x.shape[1]
-            out = softmax_attention(q, after["keys"][:, :end], after["values"][:, :end], seen)
+            keys, values = (after[name][:, : longest + x.shape[1]] for name in CACHE)
+            out = softmax_attention(q, keys, values, seen, dropout)
         return self.out_proj(out.flatten(-2)), after
 
     def step(self, x: Float[Tensor, "B C"], state: State) -> Float[Tensor, "B C"]:
@@ -60,7 +70,7 @@ class SoftmaxAttention(Mixer):
         end = int(seen.max()) + 1
         q, k, v = self._project(x[:, None], seen[:, None])
         if end > state["keys"].shape[1]:
-            state.update(_grow(state, end))
+            state.update(grow(state, CACHE, end))
         row = torch.arange(x.shape[0], device=x.device)
         state["keys"][row, seen] = k[:, 0]
         state["values"][row, seen] = v[:, 0]
@@ -70,28 +80,9 @@ class SoftmaxAttention(Mixer):
 
     def join_states(self, states: Sequence[State]) -> State:
         capacity = max(state["keys"].shape[1] for state in states)
-        return State.concatenate([_grow(state, capacity) for state in states])
-
-    def _append(self, state: State, k: Tensor, v: Tensor, longest: int) -> State:
-        """A new state with the keys and values behind each row's own."""
-        seen, new = state["length"], k.shape[1]
-        grown = _grow(state, longest + new)
-        slot = (seen[:, None] + torch.arange(new, device=k.device))[..., None, None]
-        slot = slot.expand(-1, -1, *k.shape[2:])
-        keys = grown["keys"].scatter(1, slot, k.to(grown["keys"].dtype))
-        values = grown["values"].scatter(1, slot, v.to(grown["values"].dtype))
-        return State(keys=keys, values=values, length=seen + new)
+        return State.concatenate([grow(state, CACHE, capacity) for state in states])
 
     def _project(self, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = self.qkv_proj(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
         frequencies = inverse_frequencies(self.head_dim, self.rotary_fraction).to(x.device)
         return rotate(q, position, frequencies), rotate(k, position, frequencies), v
-
-
-def _grow(state: State, tokens: int) -> State:
-    """The state with room for `tokens` tokens: whole pages, never fewer than it has."""
-    missing = -(-tokens // PAGE) * PAGE - state["keys"].shape[1]
-    if missing <= 0:
-        return state
-    keys, values = (F.pad(state[name], (0, 0, 0, 0, 0, missing)) for name in ("keys", "values"))
-    return State(keys=keys, values=values, length=state["length"])

@@ -10,6 +10,7 @@ from based.ops.taylor_linear_attention import (
     num_features,
     state_dtype,
     taylor_linear_attention,
+    taylor_linear_attention_outputs,
     taylor_linear_attention_step,
 )
 
@@ -54,11 +55,14 @@ class TaylorLinearAttention(Mixer):
     def _mix(
         self, x: Tensor, cu_seqlens: Tensor | None, state: State | None
     ) -> tuple[Tensor, State | None]:
-        before = (None, None) if state is None else (state["numerator"], state["denominator"])
-        out, numerator, denominator = taylor_linear_attention(
-            *self._project(x), *before, cu_seqlens
-        )
-        after = None if state is None else State(numerator=numerator, denominator=denominator)
+        q, k, v = self._project(x)
+        if state is None:
+            out, after = taylor_linear_attention_outputs(q, k, v, cu_seqlens), None
+        else:
+            out, numerator, denominator = taylor_linear_attention(
+                q, k, v, state["numerator"], state["denominator"], cu_seqlens
+            )
+            after = State(numerator=numerator, denominator=denominator)
         return self.out_proj(out.flatten(-2)), after
 
     def step(self, x: Float[Tensor, "B C"], state: State) -> Float[Tensor, "B C"]:

@@ -1,5 +1,9 @@
 """Gated short causal convolution, the mixing step of BaseConv (paper section 4.1)."""
 
-from based.ops.gated_short_convolution.shifted import gated_short_convolution, short_convolution
+from based.ops.gated_short_convolution.shifted import (
+    gated_short_convolution,
+    next_past,
+    short_convolution,
+)
 
-__all__ = ["gated_short_convolution", "short_convolution"]
+__all__ = ["gated_short_convolution", "next_past", "short_convolution"]

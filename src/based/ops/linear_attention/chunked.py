@@ -9,7 +9,7 @@ pass, so that features never occupy memory for the whole sequence.
 are made inside the blocks, and the plain product of features given from outside.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -19,29 +19,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from based.ops.linear_attention.reference import EPSILON
+from based.ops.linear_attention.quadratic import SHORT, quadratic
+from based.ops.linear_attention.similarity import PRODUCT, Similarity
 from based.ops.precision import state_dtype, without_autocast
 
 CHUNK = 128
 # Features of one block, in elements: a few megabytes in float32, so that they stay in cache.
 BLOCK_ELEMENTS = 1 << 21
-
-
-class Similarity(NamedTuple):
-    """The weight a(q, k) of a key: from vectors inside a chunk, by features across chunks."""
-
-    weights: Callable[[Tensor, Tensor], Tensor]
-    query_features: Callable[[Tensor], Tensor]
-    key_features: Callable[[Tensor], Tensor]
-    num_features: Callable[[int], int]
-    epsilon: float
-
-
-def _same(x: Any) -> Any:
-    return x
-
-
-_PRODUCT = Similarity(lambda q, k: q @ k.transpose(-1, -2), _same, _same, _same, EPSILON)
 
 
 @without_autocast
@@ -54,7 +38,27 @@ def linear_attention(
     cu_seqlens: Int[Tensor, " E"] | None = None,
 ) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "N H F V"], Float[Tensor, "N H F"]]:
     """Outputs in v's dtype and the final state, as `reference.py` defines them; see `scan`."""
-    return scan(_PRODUCT, q, k, v, numerator, denominator, cu_seqlens)
+    return scan(PRODUCT, q, k, v, numerator, denominator, cu_seqlens)
+
+
+@without_autocast
+def linear_attention_outputs(
+    q: Float[Tensor, "B T H F"],
+    k: Float[Tensor, "B T H F"],
+    v: Float[Tensor, "B T H V"],
+    cu_seqlens: Int[Tensor, " E"] | None = None,
+) -> Float[Tensor, "B T H V"]:
+    """What training needs: the outputs from an empty state, and no state after."""
+    return outputs(PRODUCT, q, k, v, cu_seqlens)
+
+
+def outputs(
+    similarity: Similarity, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None
+) -> Tensor:
+    """The outputs of `scan` from an empty state, in whichever form is faster."""
+    if cu_seqlens is None and q.shape[1] <= SHORT:
+        return quadratic(similarity, q, k, v)
+    return scan(similarity, q, k, v, None, None, cu_seqlens)[0]
 
 
 def scan(

@@ -22,11 +22,13 @@ def sliding_window_attention(
     window: int,
     past: Int[Tensor, " B"] | None = None,
     cu_seqlens: Int[Tensor, " E"] | None = None,
+    dropout: float = 0.0,
 ) -> Float[Tensor, "B T H D"]:
     """Causal attention over the last `window` keys, as `reference.py` defines it.
 
     k and v may begin with P = S - T past keys, of which row b's last `past[b]`
-    exist. A packed batch (`cu_seqlens`, B = 1) has no past keys.
+    exist. A packed batch (`cu_seqlens`, B = 1) has no past keys. `dropout` is the
+    probability with which each attention weight is dropped.
     """
     T, P = q.shape[1], k.shape[1] - q.shape[1]
     if T == 0:
@@ -42,13 +44,13 @@ def sliding_window_attention(
         ids = sequence_ids(cu_seqlens, T)
         own = _spans(F.pad(ids, (0, -T % block), value=-1)[None], block, block)
         seen = _spans(F.pad(ids, (front, -T % block), value=-1)[None], block + window - 1, block)
-        out = _attend(q, k, v, band & (own[..., None] == seen[..., None, :]))
+        out = _attend(q, k, v, band & (own[..., None] == seen[..., None, :]), dropout)
     else:
         if past is None:
             past = torch.full((q.shape[0],), P, device=q.device)
         exists = torch.arange(block + window - 1, device=q.device) >= window - 1 - past[:, None]
-        head = _attend(q[:, :1], k[:, :1], v[:, :1], band & exists[:, None, None, :])
-        tail = _attend(q[:, 1:], k[:, 1:], v[:, 1:], band)
+        head = _attend(q[:, :1], k[:, :1], v[:, :1], band & exists[:, None, None, :], dropout)
+        tail = _attend(q[:, 1:], k[:, 1:], v[:, 1:], band, dropout)
         out = torch.cat([head, tail], dim=1)
     return out.flatten(1, 2)[:, :T]
 
@@ -69,6 +71,7 @@ def _attend(
     k: Float[Tensor, "B M S H D"],
     v: Float[Tensor, "B M S H D"],
     visible: Bool[Tensor, "..."],
+    dropout: float,
 ) -> Float[Tensor, "B M L H D"]:
     """Softmax attention inside each span; `visible` broadcasts to [B, M, L, S]."""
     B, M = q.shape[:2]
@@ -77,5 +80,5 @@ def _attend(
     if visible.dim() > 2:
         visible = visible.expand(B, M, -1, -1).flatten(0, 1)[:, None]
     q, k, v = (x.flatten(0, 1).transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=dropout)
     return out.transpose(1, 2).unflatten(0, (B, M))

@@ -14,16 +14,23 @@ def softmax_attention(
     k: Float[Tensor, "B S H D"],
     v: Float[Tensor, "B S H D"],
     past: Int[Tensor, " B"] | None = None,
+    dropout: float = 0.0,
 ) -> Float[Tensor, "B T H D"]:
-    """Causal attention, as `reference.py` defines it; without `past` row 0 of q meets key 0."""
+    """Causal attention, as `reference.py` defines it; without `past` row 0 of q meets key 0.
+
+    `dropout` is the probability with which each attention weight is dropped.
+    """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if past is None:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+        return out.transpose(1, 2)
     key = torch.arange(k.shape[2], device=q.device)
     outs = []
     for first in range(0, q.shape[2], QUERIES):
         part = q[:, :, first : first + QUERIES]
         query = past[:, None] + first + torch.arange(part.shape[2], device=q.device)
         visible = (key <= query[..., None])[:, None]
-        outs.append(F.scaled_dot_product_attention(part, k, v, attn_mask=visible))
+        outs.append(
+            F.scaled_dot_product_attention(part, k, v, attn_mask=visible, dropout_p=dropout)
+        )
     return torch.cat(outs, dim=2).transpose(1, 2)

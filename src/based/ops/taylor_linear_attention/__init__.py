@@ -1,7 +1,10 @@
 """Second-order Taylor linear attention (paper section 4.1, equation 4)."""
 
 from based.ops.precision import state_dtype
-from based.ops.taylor_linear_attention.chunked import taylor_linear_attention
+from based.ops.taylor_linear_attention.chunked import (
+    taylor_linear_attention,
+    taylor_linear_attention_outputs,
+)
 from based.ops.taylor_linear_attention.features import num_features
 from based.ops.taylor_linear_attention.step import taylor_linear_attention_step
 
@@ -9,5 +12,6 @@ __all__ = [
     "num_features",
     "state_dtype",
     "taylor_linear_attention",
+    "taylor_linear_attention_outputs",
     "taylor_linear_attention_step",
 ]

@@ -4,7 +4,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from based.ops.linear_attention.chunked import Similarity, scan
+from based.ops.linear_attention.chunked import outputs, scan
+from based.ops.linear_attention.similarity import Similarity
 from based.ops.precision import without_autocast
 from based.ops.taylor_linear_attention.features import key_features, num_features, query_features
 
@@ -25,6 +26,17 @@ def taylor_linear_attention(
     state are float32 (float64 for float64 inputs).
     """
     return scan(TAYLOR, q, k, v, numerator, denominator, cu_seqlens)
+
+
+@without_autocast
+def taylor_linear_attention_outputs(
+    q: Float[Tensor, "B T H K"],
+    k: Float[Tensor, "B T H K"],
+    v: Float[Tensor, "B T H V"],
+    cu_seqlens: Int[Tensor, " E"] | None = None,
+) -> Float[Tensor, "B T H V"]:
+    """What training needs: the outputs from an empty state, and no state after."""
+    return outputs(TAYLOR, q, k, v, cu_seqlens)
 
 
 def _weights(q: Float[Tensor, "... L K"], k: Float[Tensor, "... L K"]) -> Float[Tensor, "... L L"]:

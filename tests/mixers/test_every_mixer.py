@@ -34,6 +34,16 @@ OPTIONS: dict[str, list[dict[str, int | float | str]]] = {
         {"num_heads": 2, "feature_dim": 3, "feature_map": "performer", "num_features": 7},
     ],
     "softmax_attention": [{"num_heads": 2}, {"num_heads": 3, "rotary_fraction": 0.5}],
+    "mamba": [{"state_size": 3}],
+    "mamba2": [{"state_size": 5, "head_dim": 12}],
+    "rwkv5": [{"head_dim": 4}],
+    "rwkv7": [{"head_dim": 4, "decay_rank": 2, "rate_rank": 3, "gate_rank": 4}],
+    "gated_linear_attention": [{"num_heads": 3, "decay_rank": 2}],
+    "delta_net": [{"num_heads": 6, "conv_size": 3}],
+    "gated_delta_net": [
+        {"num_heads": 6, "conv_size": 2},
+        {"num_heads": 2, "head_dim": 5, "expand_v": 1, "output_gate": False},
+    ],
 }
 CASES = [(name, options) for name in MIXERS for options in OPTIONS.get(name, [{}])]
 every_mixer = pytest.mark.parametrize(

@@ -15,6 +15,13 @@ MIXERS: dict[str, str] = {
     "hyena": "based.mixers.hyena:Hyena",
     "h3": "based.mixers.h3:H3",
     "softmax_attention": "based.mixers.softmax_attention:SoftmaxAttention",
+    "mamba": "based.mixers.mamba:Mamba",
+    "mamba2": "based.mixers.mamba2:Mamba2",
+    "rwkv5": "based.mixers.rwkv5:RWKV5",
+    "rwkv7": "based.mixers.rwkv7:RWKV7",
+    "gated_linear_attention": "based.mixers.gated_linear_attention:GatedLinearAttention",
+    "delta_net": "based.mixers.delta_net:DeltaNet",
+    "gated_delta_net": "based.mixers.gated_delta_net:GatedDeltaNet",
 }
 
 

@@ -1,0 +1,24 @@
+"""Kernels of other libraries, where they are installed. None is ever the only path."""
+
+from collections.abc import Callable
+from functools import lru_cache
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@lru_cache
+def _find(module: str, name: str) -> Callable[..., Any] | None:
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError):
+        return None
+
+
+def peer_kernel(
+    module: str, name: str, x: Tensor, dtypes: tuple[torch.dtype, ...]
+) -> Callable[..., Any] | None:
+    """`module.name` if it is installed and takes tensors like x: on a GPU, of one of `dtypes`."""
+    return _find(module, name) if x.is_cuda and x.dtype in dtypes else None

@@ -125,7 +125,7 @@ _ALL = (
                 "num_heads": 1,
                 "rotary_fraction": 0.0,
                 "bias": True,
-                "dropout": recipe.attention_dropout,
+                "attention_dropout": recipe.attention_dropout,
             },
         ),
         lambda d, dials, length: 2 * d * length + 3 * d,

@@ -95,8 +95,9 @@ class Recipe:
 
     @property
     def key(self) -> str:
-        """Short hash of all that changes a result."""
-        text = json.dumps(self.to_dict(), sort_keys=True)
+        """Short hash of all that changes the result of one learning rate."""
+        values = {k: v for k, v in self.to_dict().items() if k != "learning_rates"}
+        text = json.dumps(values, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 

@@ -58,7 +58,7 @@ class Lanes:
 
     def keep(self, lanes: Sequence[int]) -> None:
         """Goes on with some of the lanes only."""
-        index = torch.tensor(list(lanes), device=self.flat.device)
+        index = torch.tensor(list(lanes), dtype=torch.long, device=self.flat.device)
         self.peaks = tuple(self.peaks[i] for i in lanes)
         self.flat = self.flat.detach()[index].requires_grad_()
         self.mean, self.square = self.mean[index], self.square[index]

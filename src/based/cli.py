@@ -16,6 +16,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "train": ("based.training.command", "Train", "train a model on token shards"),
     "generate": ("based.generation.command", "Generate", "continue a text with a trained model"),
     "eval": ("based.evaluation.command", "Evaluate", "perplexity, on recall hits and on the rest"),
+    "recall": ("based.recall.command", "Recall", "recall against the size of the state: the lab"),
     "info": ("based.models.command", "Info", "parameters, layers and state bytes of a model"),
 }
 

@@ -101,6 +101,14 @@ class Recipe:
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
+    """The inverse of `Recipe.to_dict`; the key that a directory adds is ignored."""
+    known = {name: value for name, value in values.items() if name != "key"}
+    for name in ("train", "test"):
+        known[name] = tuple(Task(*task) for task in known[name])
+    return Recipe(**{**known, "learning_rates": tuple(known["learning_rates"])})
+
+
 def small_recipe() -> Recipe:
     """A reduced task that two CPU cores learn in seconds: the demo's."""
     return Recipe(

@@ -46,6 +46,8 @@ def tiny(dtype: torch.dtype = torch.float64, intermediate_size: int = 48) -> Dec
         ("based-1.3b", 1_349_453_056),
         ("attn-360m", 359_810_048),
         ("attn-1.3b", 1_327_080_720),
+        ("mamba-360m", 358_190_080),
+        ("mamba-1.3b", 1_319_311_360),
     ],
 )
 def test_published_sizes(name: str, count: int) -> None:

@@ -85,7 +85,8 @@ every_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 
 @pytest.fixture(autouse=True)
 def _short_spans(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("based.ops.selective_scan.chunked.SPAN_ELEMENTS", 40 * B * H * K)
+    elements = {"cpu": 40 * B * H * K}
+    monkeypatch.setattr("based.ops.selective_scan.chunked.SPAN_ELEMENTS", elements)
 
 
 def assert_same(got: Tensor, want: Tensor, tolerance: float) -> None:

@@ -32,9 +32,9 @@ class GatedDeltaNet(Mixer):
         output_gate: bool = True,
     ) -> None:
         super().__init__()
-        at_least_one(expand_v=expand_v)
         self.num_heads, self.expand_v = num_heads, expand_v
-        self.head_dim = head_dim or split_heads(hidden_size, num_heads)
+        self.head_dim = split_heads(hidden_size, num_heads) if head_dim is None else head_dim
+        at_least_one(num_heads=num_heads, head_dim=self.head_dim, expand_v=expand_v)
         keys = num_heads * self.head_dim
         self.split = (keys, keys, keys * expand_v)
         self.qkv_proj = nn.Linear(hidden_size, sum(self.split), bias=False)

@@ -29,8 +29,8 @@ class Mamba(Mixer):
         dt_rank: int | None = None,
     ) -> None:
         super().__init__()
-        at_least_one(state_size=state_size, expand=expand)
-        inner, rank = expand * hidden_size, dt_rank or -(-hidden_size // 16)
+        inner, rank = expand * hidden_size, -(-hidden_size // 16) if dt_rank is None else dt_rank
+        at_least_one(state_size=state_size, expand=expand, dt_rank=rank)
         self.split = (rank, state_size, state_size)
         self.in_proj = nn.Linear(hidden_size, 2 * inner, bias=False)
         self.conv = ShortConvolution(inner, conv_size, bias=True)

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from based.errors import BasedError
 from based.mixers.base import TensorSpec, at_least_one
 from based.ops.gated_short_convolution.shifted import next_past, short_convolution
+from based.ops.precision import state_dtype
 
 
 class ShortConvolution(nn.Module):
@@ -62,7 +63,8 @@ def head_norm(
 
 def unit(x: Float[Tensor, "... D"], eps: float = 1e-6) -> Float[Tensor, "... D"]:
     """x / |x|; `eps` keeps a zero vector zero."""
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + eps)
+    square = x.to(state_dtype(x.dtype)).square().sum(-1, keepdim=True)
+    return x * torch.rsqrt(square + eps).to(x.dtype)
 
 
 def token_shift(

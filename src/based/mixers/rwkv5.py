@@ -66,7 +66,8 @@ class RWKV5(Mixer):
 
     def _project(
         self, x: Float[Tensor, "... C"], previous: Float[Tensor, "... C"]
-    ) -> tuple[tuple[Tensor, ...], Tensor]:
+    ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor]:
+        """r, k, v and log w, by heads; and the gate."""
         mixed = (torch.lerp(x, previous, share) for share in self.shift.to(x.dtype))
         layers = (self.r_proj, self.k_proj, self.v_proj, self.gate_proj)
         r, k, v, gate = (layer(y) for layer, y in zip(layers, mixed, strict=True))

@@ -89,7 +89,7 @@ class RWKV7(Mixer):
 
     def _project(
         self, x: Float[Tensor, "... C"], previous: Float[Tensor, "... C"]
-    ) -> tuple[tuple[Tensor, ...], Tensor]:
+    ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
         """r, k, v, -h, a h and log w, by heads; and the gate."""
         x_r, x_k, x_v, x_decay, x_rate, x_gate = (
             torch.lerp(x, previous, share) for share in self.shift.to(x.dtype)

@@ -8,11 +8,12 @@ from collections.abc import Callable
 from based.errors import BasedError
 from based.models.config import DecoderConfig
 
-CONVOLUTION, LINEAR, WINDOW, SOFTMAX = (
+CONVOLUTION, LINEAR, WINDOW, SOFTMAX, MAMBA = (
     "gated_convolution",
     "taylor_linear_attention",
     "sliding_window_attention",
     "softmax_attention",
+    "mamba",
 )
 
 
@@ -63,6 +64,19 @@ def transformer_model(
     )
 
 
+def mamba_model(
+    hidden_size: int, num_layers: int, *, state_size: int = 16, vocab_size: int = 50288
+) -> DecoderConfig:
+    """Mamba: a selective state space in every layer, and no MLP."""
+    return DecoderConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=0,
+        mixers=(MAMBA,) * num_layers,
+        mixer_options={MAMBA: {"state_size": state_size}},
+    )
+
+
 def transformer_of_size(parameters: int, hidden_size: int, vocab_size: int) -> DecoderConfig:
     """The Transformer++ of that width with about that many parameters."""
     intermediate_size = -(-int(8 * hidden_size / 3) // 256) * 256
@@ -99,6 +113,16 @@ def attn_1_3b_hd128() -> DecoderConfig:
     return transformer_model(1664, 36, num_heads=13, intermediate_size=4608)
 
 
+def mamba_360m() -> DecoderConfig:
+    """The official Mamba baseline at 360M."""
+    return mamba_model(1024, 46)
+
+
+def mamba_1_3b() -> DecoderConfig:
+    """The official Mamba baseline at 1.3B."""
+    return mamba_model(2048, 46)
+
+
 def based_tiny(feature_dim: int = 16, window: int = 17, vocab_size: int = 2048) -> DecoderConfig:
     """Based for two CPU cores: 4 layers of width 96."""
     dials = {"feature_dim": feature_dim, "window": window, "vocab_size": vocab_size}
@@ -123,6 +147,8 @@ PRESETS: dict[str, Callable[..., DecoderConfig]] = {
     "attn-360m": attn_360m,
     "attn-1.3b": attn_1_3b,
     "attn-1.3b-hd128": attn_1_3b_hd128,
+    "mamba-360m": mamba_360m,
+    "mamba-1.3b": mamba_1_3b,
     "based-tiny": based_tiny,
     "window-tiny": window_tiny,
     "attn-tiny": attn_tiny,

@@ -10,7 +10,8 @@ from torch import Tensor
 
 
 @lru_cache
-def _find(module: str, name: str) -> Callable[..., Any] | None:
+def installed(module: str, name: str) -> Callable[..., Any] | None:
+    """`module.name`, or None where the library or the name is missing."""
     try:
         return getattr(import_module(module), name)
     except (ImportError, AttributeError):
@@ -21,4 +22,4 @@ def peer_kernel(
     module: str, name: str, x: Tensor, dtypes: tuple[torch.dtype, ...]
 ) -> Callable[..., Any] | None:
     """`module.name` if it is installed and takes tensors like x: on a GPU, of one of `dtypes`."""
-    return _find(module, name) if x.is_cuda and x.dtype in dtypes else None
+    return installed(module, name) if x.is_cuda and x.dtype in dtypes else None

@@ -6,6 +6,9 @@ state it may begin with (w), the additions are u + w S (the WY or UT form, arXiv
 2406.06484 section 3); a short loop carries S from chunk to chunk.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -16,7 +19,6 @@ from based.ops.peers import peer_kernel
 from based.ops.precision import state_dtype, without_autocast
 
 CHUNK = 64
-HALF_PRECISION = (torch.bfloat16, torch.float16)
 
 
 @without_autocast
@@ -38,12 +40,11 @@ def delta_rule(
     if v.shape[1] == 0:
         return v, state
     kind = "delta_rule" if log_decay is None else "gated_delta_rule"
-    kernel = peer_kernel(f"fla.ops.{kind}", f"chunk_{kind}", v, HALF_PRECISION)
+    kernel = _peer(f"fla.ops.{kind}", f"chunk_{kind}", k, v, state)
     if kernel is not None:
-        options = {"scale": 1.0, "initial_state": state, "output_final_state": True}
         gates = {"beta": beta.to(v.dtype)}
         gates |= {} if log_decay is None else {"g": log_decay.float()}
-        return kernel(q=q.to(v.dtype), k=k.to(v.dtype), v=v, **gates, **options)
+        return kernel(q=q.to(v.dtype), k=k.to(v.dtype), v=v, **gates)
     T, dtype, out_dtype = v.shape[1], state.dtype, v.dtype
     gate = torch.zeros_like(beta) if log_decay is None else log_decay
     inputs = (q, k, v, beta[..., None], gate[..., None])
@@ -74,13 +75,10 @@ def generalized_delta_rule(
     state = _start(k, v, state)
     if v.shape[1] == 0:
         return v, state
-    kernel = peer_kernel(
-        "fla.ops.generalized_delta_rule", "chunk_dplr_delta_rule", v, HALF_PRECISION
-    )
+    kernel = _peer("fla.ops.generalized_delta_rule", "chunk_dplr_delta_rule", k, v, state)
     if kernel is not None:
-        options = {"scale": 1.0, "initial_state": state, "output_final_state": True}
         q, k, a, b = (x.to(v.dtype) for x in (q, k, a, b))
-        return kernel(q=q, k=k, v=v, a=a, b=b, gk=log_decay.float(), **options)
+        return kernel(q=q, k=k, v=v, a=a, b=b, gk=log_decay.float())
     T, dtype, out_dtype = v.shape[1], state.dtype, v.dtype
     inputs = (q, k, v, a, b, log_decay)
     q, k, v, a, b, g = (to_chunks(x.to(dtype), chunk_of(T, CHUNK)) for x in inputs)
@@ -100,6 +98,16 @@ def _start(k: Tensor, v: Tensor, state: Tensor | None) -> Float[Tensor, "B H K V
         return state
     shape = (v.shape[0], v.shape[2], k.shape[3], v.shape[3])
     return torch.zeros(shape, dtype=state_dtype(v.dtype), device=v.device)
+
+
+def _peer(
+    module: str, name: str, k: Tensor, v: Tensor, state: Tensor
+) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """flash-linear-attention's kernel, for 16-bit GPU tensors and heads of at most 256."""
+    kernel = peer_kernel(module, name, v, (torch.bfloat16, torch.float16))
+    if kernel is None or k.shape[3] > 256:
+        return None
+    return partial(kernel, scale=1.0, initial_state=state, output_final_state=True)
 
 
 def _solve(

@@ -17,8 +17,8 @@ from based.ops.chunks import chunk_of
 from based.ops.peers import peer_kernel
 from based.ops.precision import state_dtype, without_autocast
 
-# States of one span, in elements: small beside the activations, large enough to fill a GPU.
-SPAN_ELEMENTS = 1 << 24
+# States of one span, in elements: a CPU's cache, or enough to fill a GPU.
+SPAN_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 24}
 
 
 @without_autocast
@@ -44,14 +44,13 @@ def selective_scan(
         u, delta, b, c = (y.mT.contiguous() for y in (x, delta, b, c))
         out, last = kernel(u, delta, A, b, c, return_last_state=True)
         return out.mT.to(out_dtype), last
-    if state is None:
-        state = x.new_zeros(B, D, A.shape[1])
-    outs, span = [], max(16, SPAN_ELEMENTS // max(state.numel(), 1))
+    carry: Tensor = x.new_zeros(B, D, A.shape[1]) if state is None else state
+    outs, span = [], max(16, SPAN_ELEMENTS[x.device.type] // max(carry.numel(), 1))
     for first in range(0, T, span):
         part = slice(first, first + span)
-        y, state = _Span.apply(x[:, part], delta[:, part], A, b[:, part], c[:, part], state)
+        y, carry = _Span.apply(x[:, part], delta[:, part], A, b[:, part], c[:, part], carry)
         outs.append(y)
-    return torch.cat(outs, dim=1).to(out_dtype) if outs else x.to(out_dtype), state
+    return torch.cat(outs, dim=1).to(out_dtype) if outs else x.to(out_dtype), carry
 
 
 class _Span(torch.autograd.Function):

@@ -24,11 +24,6 @@ def num_features(feature_dim: int) -> int:
     return 1 + feature_dim + feature_dim * (feature_dim + 1) // 2
 
 
-def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Dtype of states and accumulators: float32, or float64 for float64 inputs."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def key_features(k: Float[Tensor, "... K"]) -> Float[Tensor, "... F"]:
     """Bare monomials of degree 0, 1 and 2."""
     dim = k.shape[-1]

@@ -15,6 +15,11 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+def in_lanes() -> bool:
+    """Whether tensors may be those of several lanes: what torch asks before it looks for rules."""
+    return torch._C._are_functorch_transforms_active()
+
+
 def lanes_as_rows(op: Callable[P, R]) -> Callable[P, R]:
     """Under vmap, calls `op` once with the lanes of every tensor folded into its first axis.
 
@@ -23,8 +28,7 @@ def lanes_as_rows(op: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(op)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        # What torch itself asks before it looks for a function's vmap rule.
-        if not torch._C._are_functorch_transforms_active():
+        if not in_lanes():
             return op(*args, **kwargs)
         return _Fold.apply(lambda *rows: op(*rows, **kwargs), *args)
 

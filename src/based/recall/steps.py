@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from based.ops.linear_cross_entropy import linear_cross_entropy
+from based.ops.stacked_cross_entropy import stacked_cross_entropy
 from based.recall.lanes import Lanes
 from based.recall.mqar import Segment
 
@@ -21,7 +21,7 @@ Recorder = Callable[[Callable[[], None]], Callable[[], None]]
 def train_step(lanes: Lanes, batch: Segment) -> None:
     """One optimizer step of every lane on the same batch."""
     hidden, head = lanes.hidden(batch.tokens, batch.positions)
-    losses = linear_cross_entropy(
+    losses = stacked_cross_entropy(
         hidden.flatten(1, 2), head, batch.answers.flatten(), lanes.products
     )
     (gradient,) = torch.autograd.grad(losses.sum(), lanes.flat)

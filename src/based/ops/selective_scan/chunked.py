@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from based.ops.chunks import chunk_of
+from based.ops.lanes import in_lanes, lanes_as_rows
 from based.ops.peers import peer_kernel
 from based.ops.precision import state_dtype, without_autocast
 
@@ -40,17 +41,36 @@ def selective_scan(
     # mamba-ssm's kernel cannot begin with a state.
     module, dtypes = "mamba_ssm.ops.selective_scan_interface", (torch.float32,)
     kernel = peer_kernel(module, "selective_scan_fn", x, dtypes)
-    if kernel is not None and state is None and T:
+    if kernel is not None and state is None and T and not in_lanes():
         u, delta, b, c = (y.mT.contiguous() for y in (x, delta, b, c))
         out, last = kernel(u, delta, A, b, c, return_last_state=True)
         return out.mT.to(out_dtype), last
-    carry: Tensor = x.new_zeros(B, D, A.shape[1]) if state is None else state
-    outs, span = [], max(16, SPAN_ELEMENTS[x.device.type] // max(carry.numel(), 1))
-    for first in range(0, T, span):
+    if state is None:
+        state = x.new_zeros(B, D, A.shape[1])
+    y, last = _scan_rows(x, delta, A.expand(B, -1, -1), b, c, state)
+    return y.to(out_dtype), last
+
+
+@lanes_as_rows
+def _scan_rows(
+    x: Float[Tensor, "B T D"],
+    delta: Float[Tensor, "B T D"],
+    A: Float[Tensor, "B D N"],
+    b: Float[Tensor, "B T N"],
+    c: Float[Tensor, "B T N"],
+    state: Float[Tensor, "B D N"],
+) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B D N"]]:
+    """Every row with decay rates of its own: rows of different models are one batch."""
+    if x.is_cuda and x.dtype == torch.float32 and x.shape[1]:
+        from based.ops.selective_scan.triton import selective_scan_kernel
+
+        return selective_scan_kernel(x, delta, A, b, c, state)
+    outs, span = [], max(16, SPAN_ELEMENTS[x.device.type] // max(state.numel(), 1))
+    for first in range(0, x.shape[1], span):
         part = slice(first, first + span)
-        y, carry = _Span.apply(x[:, part], delta[:, part], A, b[:, part], c[:, part], carry)
+        y, state = _Span.apply(x[:, part], delta[:, part], A, b[:, part], c[:, part], state)
         outs.append(y)
-    return torch.cat(outs, dim=1).to(out_dtype) if outs else x.to(out_dtype), carry
+    return torch.cat(outs, dim=1) if outs else x, state
 
 
 class _Span(torch.autograd.Function):
@@ -65,7 +85,7 @@ class _Span(torch.autograd.Function):
         ctx: Any,
         x: Float[Tensor, "B T D"],
         delta: Float[Tensor, "B T D"],
-        A: Float[Tensor, "D N"],
+        A: Float[Tensor, "B D N"],
         b: Float[Tensor, "B T N"],
         c: Float[Tensor, "B T N"],
         state: Float[Tensor, "B D N"],
@@ -89,21 +109,21 @@ class _Span(torch.autograd.Function):
         db = ((delta * x)[..., None, :] @ to_h)[..., 0, :]
         # h_t without what token t added is exp(delta_t A) h_(t-1).
         to_exponent = to_h * (h - (delta * x)[..., None] * b[:, :, None, :])
-        d_delta = drive * x + (to_exponent * A).sum(-1)
-        dA = (to_exponent * delta[..., None]).sum((0, 1))
+        d_delta = drive * x + (to_exponent * A[:, None]).sum(-1)
+        dA = (to_exponent * delta[..., None]).sum(1)
         d_state = to_h[:, 0] * (delta[:, 0, :, None] * A).exp()
         return drive * delta, d_delta, dA, db, dc, d_state
 
 
 def _scan(
     delta: Float[Tensor, "B T D"],
-    A: Float[Tensor, "D N"],
+    A: Float[Tensor, "B D N"],
     inputs: Float[Tensor, "B T D"],
     b: Float[Tensor, "B T N"],
     state: Float[Tensor, "B D N"],
 ) -> Float[Tensor, "B T D N"]:
     """All states h_t = exp(delta_t A) h_(t-1) + inputs_t b_t^T, from `state`."""
-    T = delta.shape[1]
+    T, A = delta.shape[1], A[:, None, None]
     # About as many chunks as tokens in a chunk: both are loops.
     chunk = chunk_of(int(T**0.5), T)
     delta, inputs, b = (

@@ -5,7 +5,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 
-def linear_cross_entropy_reference(
+def stacked_cross_entropy_reference(
     hidden: Float[Tensor, "M Q C"], head: Float[Tensor, "M V C"], answers: Int[Tensor, " Q"]
 ) -> Float[Tensor, " M"]:
     """Mean over Q of -log softmax(head hidden_q)[answers_q], a model m at a time."""

@@ -10,7 +10,7 @@ def softmax_gradient_(
 ) -> Float[Tensor, " M"]:
     """Replaces logits by (softmax - one_hot(answer)) * scale; returns each model's summed loss."""
     if logits.is_cuda and logits.dtype != torch.float64:
-        from based.ops.linear_cross_entropy.triton import softmax_gradient_kernel_
+        from based.ops.stacked_cross_entropy.triton import softmax_gradient_kernel_
 
         return softmax_gradient_kernel_(logits, answers, scale)
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32

@@ -12,13 +12,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from based.ops.linear_cross_entropy.gradient import softmax_gradient_
+from based.ops.stacked_cross_entropy.gradient import softmax_gradient_
 
 # Logits in memory at a time: about what the last-level cache of a large GPU holds.
 CHUNK_ELEMENTS = 1 << 23
 
 
-def linear_cross_entropy(
+def stacked_cross_entropy(
     hidden: Float[Tensor, "M Q C"],
     head: Float[Tensor, "M V C"],
     answers: Int[Tensor, " Q"],
@@ -29,10 +29,10 @@ def linear_cross_entropy(
     `products` is the dtype of the matrix products and of the logits in memory
     (that of `hidden` if None); sums are float32, or float64 for float64 inputs.
     """
-    return _LinearCrossEntropy.apply(hidden, head, answers, products or hidden.dtype)
+    return _StackedCrossEntropy.apply(hidden, head, answers, products or hidden.dtype)
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
+class _StackedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any,

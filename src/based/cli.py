@@ -17,6 +17,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "generate": ("based.generation.command", "Generate", "continue a text with a trained model"),
     "eval": ("based.evaluation.command", "Evaluate", "perplexity, on recall hits and on the rest"),
     "convert": ("based.models.convert.command", "Convert", "read an official checkpoint"),
+    "recall": ("based.recall.command", "Recall", "recall against the size of the state: the lab"),
     "info": ("based.models.command", "Info", "parameters, layers and state bytes of a model"),
 }
 

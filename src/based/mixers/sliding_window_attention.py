@@ -98,7 +98,7 @@ class SlidingWindowAttention(Mixer):
 
     def _project(self, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = self.qkv_proj(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
-        frequencies = inverse_frequencies(self.head_dim, self.rotary_fraction).to(x.device)
+        frequencies = inverse_frequencies(self.head_dim, self.rotary_fraction, device=x.device)
         return rotate(q, position, frequencies), rotate(k, position, frequencies), v
 
     def _slots(self, x: Tensor) -> Int[Tensor, " W"]:

@@ -10,7 +10,10 @@ from torch import Tensor
 
 
 def inverse_frequencies(
-    head_dim: int, fraction: float = 1.0, base: float = 10000.0
+    head_dim: int,
+    fraction: float = 1.0,
+    base: float = 10000.0,
+    device: torch.device | None = None,
 ) -> Float[Tensor, " R"]:
     """The R angular frequencies that turn the first 2R components of a head.
 
@@ -19,7 +22,8 @@ def inverse_frequencies(
     frequencies base^(-2i/w), so head_dim 70 at fraction 0.5 rotates 36.
     """
     width = int(head_dim * fraction)
-    return base ** (-torch.arange(0, width, 2, dtype=torch.float64) / max(width, 1))
+    exponents = torch.arange(0, width, 2, dtype=torch.float64, device=device) / max(width, 1)
+    return base**-exponents
 
 
 def rotate(

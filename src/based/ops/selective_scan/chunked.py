@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from based.ops.chunks import chunk_of
+from based.ops.lanes import in_lanes, lanes_as_rows
 from based.ops.peers import peer_kernel
 from based.ops.precision import state_dtype, without_autocast
 
@@ -40,18 +41,36 @@ def selective_scan(
     # mamba-ssm's kernel cannot begin with a state.
     module, dtypes = "mamba_ssm.ops.selective_scan_interface", (torch.float32,)
     kernel = peer_kernel(module, "selective_scan_fn", x, dtypes)
-    if kernel is not None and state is None and T:
+    if kernel is not None and state is None and T and not in_lanes():
         u, delta, b, c = (y.mT.contiguous() for y in (x, delta, b, c))
         out, last = kernel(u, delta, A, b, c, return_last_state=True)
         return out.mT.to(out_dtype), last
-    carry: Tensor = x.new_zeros(B, D, A.shape[1]) if state is None else state
-    # One A for each row would do too: so several models of one shape run as one batch.
-    A, outs, span = A[None], [], max(16, SPAN_ELEMENTS[x.device.type] // max(carry.numel(), 1))
-    for first in range(0, T, span):
+    if state is None:
+        state = x.new_zeros(B, D, A.shape[1])
+    y, last = _scan_rows(x, delta, A.expand(B, -1, -1), b, c, state)
+    return y.to(out_dtype), last
+
+
+@lanes_as_rows
+def _scan_rows(
+    x: Float[Tensor, "B T D"],
+    delta: Float[Tensor, "B T D"],
+    A: Float[Tensor, "B D N"],
+    b: Float[Tensor, "B T N"],
+    c: Float[Tensor, "B T N"],
+    state: Float[Tensor, "B D N"],
+) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B D N"]]:
+    """Every row with decay rates of its own: rows of different models are one batch."""
+    if x.is_cuda and x.dtype == torch.float32 and x.shape[1]:
+        from based.ops.selective_scan.triton import selective_scan_kernel
+
+        return selective_scan_kernel(x, delta, A, b, c, state)
+    outs, span = [], max(16, SPAN_ELEMENTS[x.device.type] // max(state.numel(), 1))
+    for first in range(0, x.shape[1], span):
         part = slice(first, first + span)
-        y, carry = _Span.apply(x[:, part], delta[:, part], A, b[:, part], c[:, part], carry)
+        y, state = _Span.apply(x[:, part], delta[:, part], A, b[:, part], c[:, part], state)
         outs.append(y)
-    return torch.cat(outs, dim=1).to(out_dtype) if outs else x.to(out_dtype), carry
+    return torch.cat(outs, dim=1) if outs else x, state
 
 
 class _Span(torch.autograd.Function):
@@ -63,31 +82,17 @@ class _Span(torch.autograd.Function):
 
     @staticmethod
     def forward(
+        ctx: Any,
         x: Float[Tensor, "B T D"],
         delta: Float[Tensor, "B T D"],
-        A: Float[Tensor, "#B D N"],
+        A: Float[Tensor, "B D N"],
         b: Float[Tensor, "B T N"],
         c: Float[Tensor, "B T N"],
         state: Float[Tensor, "B D N"],
     ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B D N"]]:
+        ctx.save_for_backward(x, delta, A, b, c, state)
         h = _scan(delta, A, delta * x, b, state)
         return (h @ c[..., None])[..., 0], h[:, -1].clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple[int | None, ...], *inputs: Tensor
-    ) -> tuple[tuple[Tensor, ...], tuple[int, int]]:
-        """Lanes become rows, each with its own A."""
-        rows, lanes = inputs[0].shape[0 if in_dims[0] is None else 1], info.batch_size
-        folded = []
-        for x, dim in zip(inputs, in_dims, strict=True):
-            x = x[None] if dim is None else x.movedim(dim, 0)
-            folded.append(x.expand(lanes, rows, *x.shape[2:]).flatten(0, 1))
-        return tuple(y.unflatten(0, (lanes, rows)) for y in _Span.apply(*folded)), (0, 0)
 
     @staticmethod
     @once_differentiable
@@ -105,27 +110,26 @@ class _Span(torch.autograd.Function):
         # h_t without what token t added is exp(delta_t A) h_(t-1).
         to_exponent = to_h * (h - (delta * x)[..., None] * b[:, :, None, :])
         d_delta = drive * x + (to_exponent * A[:, None]).sum(-1)
-        dA = (to_exponent * delta[..., None]).sum(1).sum_to_size(A.shape)
+        dA = (to_exponent * delta[..., None]).sum(1)
         d_state = to_h[:, 0] * (delta[:, 0, :, None] * A).exp()
         return drive * delta, d_delta, dA, db, dc, d_state
 
 
 def _scan(
     delta: Float[Tensor, "B T D"],
-    A: Float[Tensor, "#B D N"],
+    A: Float[Tensor, "B D N"],
     inputs: Float[Tensor, "B T D"],
     b: Float[Tensor, "B T N"],
     state: Float[Tensor, "B D N"],
 ) -> Float[Tensor, "B T D N"]:
     """All states h_t = exp(delta_t A) h_(t-1) + inputs_t b_t^T, from `state`."""
-    T = delta.shape[1]
+    T, A = delta.shape[1], A[:, None, None]
     # About as many chunks as tokens in a chunk: both are loops.
     chunk = chunk_of(int(T**0.5), T)
     delta, inputs, b = (
         F.pad(y, (0, 0, 0, -T % chunk)).unflatten(1, (-1, chunk)) for y in (delta, inputs, b)
     )
     h = inputs[..., None] * b[..., None, :]
-    A = A[:, None, None]
     decay = (delta[..., None] * A).exp()
     for token in range(1, chunk):
         h[:, :, token].addcmul_(decay[:, :, token], h[:, :, token - 1])

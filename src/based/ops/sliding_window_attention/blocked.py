@@ -10,11 +10,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from based.ops.lanes import lanes_as_rows
 from based.ops.packed import sequence_ids
 
 MIN_BLOCK = 64
 
 
+@lanes_as_rows
 def sliding_window_attention(
     q: Float[Tensor, "B T H D"],
     k: Float[Tensor, "B S H D"],
@@ -33,6 +35,8 @@ def sliding_window_attention(
     T, P = q.shape[1], k.shape[1] - q.shape[1]
     if T == 0:
         return q
+    # A window wider than all keys would only meet padding.
+    window = min(window, k.shape[1])
     block = min(max(MIN_BLOCK, window - 1), T)
     front = window - 1 - P
     q = _spans(F.pad(q, (0, 0, 0, 0, 0, -T % block)), block, block)

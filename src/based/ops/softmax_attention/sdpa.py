@@ -5,6 +5,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from based.ops.lanes import lanes_as_rows
+
 # Queries taken at a time against a cache: bounds the mask to QUERIES x keys.
 QUERIES = 1024
 
@@ -20,10 +22,25 @@ def softmax_attention(
 
     `dropout` is the probability with which each attention weight is dropped.
     """
+    if past is None and dropout:
+        return _causal_with_dropout(q, k, v, dropout)
+    return _attend(q, k, v, past, dropout)
+
+
+def _causal_with_dropout(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+    """With random numbers that do not depend on the inputs: lanes under vmap share them."""
+    scores = torch.einsum("bthd,bihd->bhti", q, k) * q.shape[-1] ** -0.5
+    future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+    weights = scores.masked_fill(future, float("-inf")).softmax(dim=-1)
+    keep = torch.rand(weights.shape, device=q.device) >= dropout
+    return torch.einsum("bhti,bihd->bthd", weights * (keep / (1 - dropout)).to(v.dtype), v)
+
+
+@lanes_as_rows
+def _attend(q: Tensor, k: Tensor, v: Tensor, past: Tensor | None, dropout: float) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if past is None:
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
-        return out.transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
     key = torch.arange(k.shape[2], device=q.device)
     outs = []
     for first in range(0, q.shape[2], QUERIES):

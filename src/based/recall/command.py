@@ -1,0 +1,298 @@
+"""`based recall`: the tradeoff between recall and the size of the state, measured."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from based.errors import BasedError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from based.recall.config import Point, Recipe
+    from based.recall.results import Results, Row
+    from based.recall.sweep import Submit
+
+
+@dataclass(frozen=True)
+class Run:
+    """Train one configuration at all its learning rates, to the published recipe."""
+
+    architecture: Annotated[str, tyro.conf.Positional]
+    """attention, sliding_window, based, mamba, ...; a wrong name lists them all."""
+    hidden_size: int = 64
+    """Width of the model."""
+    dials: dict[str, int] = field(default_factory=dict)
+    """Its dials, as in --dials feature_dim 16."""
+    state_bytes: int | None = None
+    """Choose the one dial so that the state has this size."""
+    seed: int = 123
+    """Seed of the weights."""
+    small: bool = False
+    """The reduced task of the demo, for a CPU."""
+    epochs: int | None = None
+    """Other than the recipe's."""
+    learning_rates: tuple[float, ...] | None = None
+    """Other than the recipe's."""
+    products: Literal["float32", "tf32", "bf16"] = "float32"
+    """Arithmetic of matrix products."""
+    device: str = "auto"
+    """cpu, cuda, ...; auto is a GPU if there is one."""
+    json: bool = False
+    """Print the result rows as JSON lines."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Train a grid, several points at a time; the same command goes on where it stopped."""
+
+    grid: Annotated[str, tyro.conf.Positional]
+    """core, combination, feature-maps or demo; `seeds` repeats OUT's frontier with other seeds."""
+    out: Annotated[Path, tyro.conf.Positional]
+    """Directory of the results."""
+    minutes: float | None = None
+    """Put everything aside after this time."""
+    jobs: int | None = None
+    """Points side by side; by default enough to fill the GPUs or the cores."""
+    products: Literal["float32", "tf32", "bf16"] = "float32"
+    """Arithmetic of matrix products."""
+    drop_hopeless: bool = False
+    """End learning rates early that cannot win any more."""
+    seeds: tuple[int, ...] = (124, 125)
+    """Other seeds of the grid `seeds`."""
+    only: str | None = None
+    """Points whose name contains this text."""
+    ray: str | None = None
+    """Run on the Ray cluster at this address (auto, local, host:port)."""
+    device: str = "auto"
+    """cpu, cuda, ...; auto is every GPU if there is one."""
+
+
+@dataclass(frozen=True)
+class Plot:
+    """Draw a sweep's frontier (PNG and SVG) and write its table."""
+
+    out: Annotated[Path, tyro.conf.Positional]
+    """Directory of a sweep."""
+
+
+@dataclass(frozen=True)
+class Demo:
+    """A reduced frontier of Based, windows, Mamba and attention: minutes on two cores."""
+
+    out: Path = Path("recall-output")
+    """Directory of results and picture."""
+    jobs: int | None = None
+    """Points side by side; by default one a core."""
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """A hand-built Based against the lower bound on its state, and Taylor against softmax."""
+
+    feature_dim: int = 8
+    """Size of a key."""
+    pairs: tuple[int, ...] = (4, 8, 16, 32, 64, 128, 256)
+    """How many pairs to store."""
+    trials: int = 20
+    """Random tasks for each."""
+
+
+Recall = (
+    Annotated[Run, tyro.conf.subcommand("run")]
+    | Annotated[Sweep, tyro.conf.subcommand("sweep")]
+    | Annotated[Plot, tyro.conf.subcommand("plot")]
+    | Annotated[Demo, tyro.conf.subcommand("demo")]
+    | Annotated[Capacity, tyro.conf.subcommand("capacity")]
+)
+
+
+def run(options: Run | Sweep | Plot | Demo | Capacity) -> None:
+    """Runs one of the five."""
+    from rich.console import Console
+
+    console = Console()
+    match options:
+        case Run():
+            _run(options, console)
+        case Sweep():
+            _sweep(options, console)
+        case Plot():
+            _plot(options.out, console)
+        case Demo():
+            _demo(options, console)
+        case Capacity():
+            from based.recall.theory import report
+
+            report(options.feature_dim, options.pairs, options.trials, console)
+
+
+def _run(options: Run, console: Console) -> None:
+    from rich.progress import Progress
+
+    from based.models.device import pick_device
+    from based.recall.config import Point, Recipe, small_recipe
+    from based.recall.grids import point_of_size
+    from based.recall.train import PointTrainer
+
+    recipe = replace(small_recipe() if options.small else Recipe(), products=options.products)
+    recipe = replace(
+        recipe,
+        epochs=options.epochs or recipe.epochs,
+        learning_rates=options.learning_rates or recipe.learning_rates,
+    )
+    point = Point(options.architecture, options.hidden_size, options.dials, options.seed)
+    if options.state_bytes is not None:
+        point = point_of_size(
+            point.architecture, point.hidden_size, options.state_bytes, recipe, point.seed
+        )
+    trainer = PointTrainer(point, recipe, pick_device(options.device))
+    with Progress(console=console, transient=True, disable=options.json) as progress:
+        task = progress.add_task(point.key, total=recipe.epochs)
+
+        def on_epoch(epoch: int, accuracies: dict[float, float]) -> None:
+            shown = "  ".join(f"{rate:.2g}: {value:.3f}" for rate, value in accuracies.items())
+            progress.update(task, completed=epoch)
+            if not options.json:
+                progress.console.print(f"epoch {epoch:>2}  accuracy at {shown}", highlight=False)
+
+        rows = trainer.train(on_epoch=on_epoch) or []
+    if options.json:
+        for row in rows:
+            print(json.dumps(row))
+    else:
+        for row in rows:
+            console.print(_describe(row), highlight=False)
+
+
+def _sweep(options: Sweep, console: Console) -> None:
+    from based.recall.grids import named_grid
+    from based.recall.results import Results
+    from based.recall.sweep import again_with_other_seeds
+
+    if options.grid == "seeds":
+        results = Results(options.out, _recipe_of(options.out))
+        again = again_with_other_seeds(results.rows(), options.seeds)
+        if not again:
+            raise BasedError(f"{options.out} has no results yet; sweep a grid there first")
+        points, rates = [point for point, _ in again], {point.key: own for point, own in again}
+    else:
+        points, recipe = named_grid(options.grid)
+        changed = replace(recipe, products=options.products, drop_hopeless=options.drop_hopeless)
+        results, rates = Results(options.out, changed), {}
+    points = [point for point in points if (options.only or "") in point.key]
+    _train(options, points, results, rates, console)
+
+
+def _recipe_of(out: Path) -> Recipe:
+    """The recipe that a sweep's directory was begun with."""
+    from based.recall.config import recipe_from_dict
+
+    path = out / "recipe.json"
+    if not path.exists():
+        raise BasedError(f"{out} is not a sweep's directory; sweep a grid there first")
+    return recipe_from_dict(json.loads(path.read_text()))
+
+
+def _train(
+    options: Sweep,
+    points: list[Point],
+    results: Results,
+    rates: dict[str, tuple[float, ...]],
+    console: Console,
+) -> None:
+    from rich.progress import Progress
+
+    from based.recall.sweep import sweep
+
+    minutes, began, aside = options.minutes, time.monotonic(), 0
+    deadline = float("inf") if minutes is None else time.time() + 60 * minutes
+    with (
+        _workers(options) as (submit, devices),
+        Progress(console=console, transient=True) as progress,
+    ):
+        task = progress.add_task("points", total=len(points))
+        threads = 1 if devices == ["cpu"] else None
+        ended = sweep(
+            points, results, submit, devices, deadline=deadline, threads=threads, rates=rates
+        )
+        for point, rows in ended:
+            aside += rows is None
+            if rows is not None:
+                progress.advance(task)
+                progress.console.print(_describe(_winner(rows)), highlight=False)
+    taken = (time.monotonic() - began) / 60
+    console.print(f"{len(results.rows())} results in {results.path}, {taken:.1f} minutes")
+    if aside:
+        console.print(f"{aside} points wait: the same command goes on")
+
+
+@contextmanager
+def _workers(options: Sweep) -> Iterator[tuple[Submit, list[str]]]:
+    """How jobs are submitted, and the devices they take turns on."""
+    from based.recall.workers import default_jobs, local_devices, local_workers, ray_workers
+
+    devices = local_devices(options.device)
+    if options.ray is not None:
+        # Ray shows a worker its own GPU alone.
+        with ray_workers(options.ray) as submit:
+            yield submit, [devices[0].split(":")[0]]
+    else:
+        with local_workers(options.jobs or default_jobs(devices)) as submit:
+            yield submit, devices
+
+
+def _winner(rows: list[Row]) -> Row:
+    return max(rows, key=lambda row: row.get("accuracy", -1.0))
+
+
+def _describe(row: Row) -> str:
+    if "reason" in row:
+        return f"{row['point']}: {row['status']}: {row['reason']}"
+    return (
+        f"{row['point']}: accuracy {row['accuracy']:.3f} at learning rate "
+        f"{row['learning_rate']:.2g} ({row['status']} after {row['epochs']} epochs), "
+        f"state {row['state_bytes']:,} bytes, {row['seconds']:.0f} s"
+    )
+
+
+def _plot(out: Path, console: Console) -> None:
+    from based.recall.plot import draw, markdown
+    from based.recall.results import read_rows
+
+    rows = read_rows(out / "results.jsonl")
+    if not rows:
+        raise BasedError(f"{out} has no results; sweep a grid there first")
+    paths = draw(rows, out / "frontier.png")
+    (out / "frontier.md").write_text(markdown(rows))
+    console.print(f"wrote {', '.join(str(path) for path in paths)} and {out / 'frontier.md'}")
+
+
+def _demo(options: Demo, console: Console) -> None:
+    from rich.table import Table
+
+    from based.recall.plot import table
+    from based.recall.results import read_rows
+
+    console.print(
+        "[bold]Associative recall[/]: key-value pairs, then each key again; what was its value?\n"
+        "4 to 16 pairs in 32 to 64 tokens. Guessing scores 2 %."
+    )
+    _sweep(Sweep("demo", options.out, jobs=options.jobs, device="cpu"), console)
+    rows = read_rows(options.out / "results.jsonl")
+    shown = Table("configuration", "state, bytes", "recalled", "")
+    for line in table(rows):
+        mark = "frontier" if line["on_frontier"] else ""
+        shown.add_row(
+            line["configuration"], f"{line['state_bytes']:,}", f"{line['accuracy']:.1%}", mark
+        )
+    console.print(shown)
+    _plot(options.out, console)

@@ -1,0 +1,233 @@
+"""Training one point at all its learning rates, to the published recipe."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from math import cos, isfinite, pi
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.func import functional_call
+
+from based.files import published
+from based.recall.architectures import build_model, paper_bytes
+from based.recall.config import Point, Recipe
+from based.recall.data import data_of
+from based.recall.lanes import Lanes
+from based.recall.mqar import Segment
+from based.recall.steps import stepper
+
+# Tokens evaluated together.
+TEST_TOKENS = {"cuda": 1 << 16, "cpu": 1 << 13}
+# A running point is saved when a sweep's time is up, and at least this often, in seconds.
+SAVE_EVERY = 60.0
+
+OnEpoch = Callable[[int, dict[float, float]], None]
+
+
+def hopeless(accuracies: Sequence[float], epoch: int, recipe: Recipe) -> list[bool]:
+    """Which lanes cannot win any more: the committed rule of `drop_hopeless`.
+
+    From a quarter of the epochs on, a learning rate 0.15 below the best one; and
+    all others once one is above the accuracy that stops a run.
+    """
+    best = max(accuracies)
+    late = epoch >= recipe.epochs // 4
+    return [
+        best > recipe.stop_above or (late and accuracy < best - 0.15) for accuracy in accuracies
+    ]
+
+
+@dataclass
+class History:
+    """What is known of one learning rate."""
+
+    accuracies: list[float] = field(default_factory=list)
+    loss: float = float("nan")
+    by_task: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    status: str = "running"
+
+
+class PointTrainer:
+    """A point in training; `train` goes on until it is done or time is up."""
+
+    def __init__(
+        self, point: Point, recipe: Recipe, device: torch.device, folder: Path | None = None
+    ) -> None:
+        self.point, self.recipe, self.device, self._folder = point, recipe, device, folder
+        _set_products(recipe)
+        model = build_model(point, recipe).to(device)
+        self.parameters = sum(parameter.numel() for parameter in model.parameters())
+        products = torch.bfloat16 if recipe.products == "bf16" else None
+        self.lanes = Lanes(model, recipe.learning_rates, recipe.weight_decay, products)
+        self.histories = {rate: History() for rate in recipe.learning_rates}
+        self.epoch = 0
+        if folder is not None and (folder / "state.pt").exists():
+            self._restore(folder / "state.pt")
+        self._step = stepper(self.lanes)
+        self._saved = time.monotonic()
+
+    @property
+    def done(self) -> bool:
+        """Whether every learning rate has come to its end."""
+        return not self.lanes.peaks
+
+    def train(
+        self, deadline: float = float("inf"), on_epoch: OnEpoch | None = None
+    ) -> list[dict[str, Any]] | None:
+        """Result rows, one a learning rate; None if it was put aside before `deadline`.
+
+        `deadline` is a `time.time()`; an epoch that would end later is not begun.
+        """
+        data, last = data_of(self.recipe, self.device), 0.0
+        while not self.done:
+            if time.time() + last > deadline:
+                self.save()
+                return None
+            began = time.monotonic()
+            self._train_epoch(data.epoch(self.epoch))
+            self._judge(data.test, began)
+            if on_epoch is not None:
+                on_epoch(self.epoch, {r: h.accuracies[-1] for r, h in self.histories.items()})
+            last = time.monotonic() - began
+            if time.monotonic() - self._saved > SAVE_EVERY and not self.done:
+                self.save()
+        return self.rows()
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The results so far."""
+        tasks = [f"{task.length}x{task.pairs}" for task in self.recipe.test]
+        return [
+            {
+                **describe(self.point, self.recipe),
+                "learning_rate": rate,
+                "status": history.status,
+                "accuracy": history.accuracies[-1] if history.accuracies else 0.0,
+                "by_task": dict(zip(tasks, history.by_task, strict=False)),
+                "epochs": len(history.accuracies),
+                "loss": history.loss if isfinite(history.loss) else None,
+                "curve": history.accuracies,
+                "seconds": round(history.seconds, 3),
+                "parameters": self.parameters,
+                "state_bytes": self.lanes.model.state_bytes(self.recipe.length),
+                "paper_bytes": paper_bytes(self.point, self.recipe.length),
+                "stacked": self.lanes.stacked,
+            }
+            for rate, history in self.histories.items()
+        ]
+
+    def save(self) -> None:
+        """Puts everything needed to go on in the folder, whole or not at all."""
+        if self._folder is None:
+            return
+        histories = {rate: vars(history) for rate, history in self.histories.items()}
+        with published(self._folder) as folder:
+            torch.save(
+                {
+                    "recipe": self.recipe.key,
+                    "epoch": self.epoch,
+                    "peaks": self.lanes.peaks,
+                    "lanes": self.lanes.tensors(),
+                    "histories": histories,
+                },
+                folder / "state.pt",
+            )
+        self._saved = time.monotonic()
+
+    def _restore(self, path: Path) -> None:
+        saved = torch.load(path, map_location=self.device, weights_only=True)
+        if saved["recipe"] != self.recipe.key:
+            return
+        self.epoch = saved["epoch"]
+        self.histories = {rate: History(**values) for rate, values in saved["histories"].items()}
+        self.lanes.keep([self.lanes.peaks.index(rate) for rate in saved["peaks"]])
+        for name, tensor in self.lanes.tensors().items():
+            tensor.copy_(saved["lanes"][name])
+
+    def _train_epoch(self, batches: Any) -> None:
+        # Dropout is a function of the epoch, so that a run that was put aside goes on alike.
+        torch.manual_seed(self.point.seed + 7919 * self.epoch)
+        self.lanes.set_rate((1 + cos(pi * self.epoch / self.recipe.epochs)) / 2)
+        self.lanes.losses.zero_()
+        self.lanes.model.train()
+        steps = 0
+        for batch in batches:
+            self._step(self.lanes, batch)
+            steps += 1
+        losses = (self.lanes.losses / steps).tolist()
+        for rate, loss in zip(self.lanes.peaks, losses, strict=True):
+            self.histories[rate].loss = loss
+        self.epoch += 1
+
+    def _judge(self, test: list[Segment], began: float) -> None:
+        """Tests every lane, and ends those that have come to their end."""
+        accuracies = evaluate(self.lanes, test).tolist()
+        means = [sum(by_task) / len(by_task) for by_task in accuracies]
+        dropped = hopeless(means, self.epoch, self.recipe)
+        share = (time.monotonic() - began) / len(means)
+        for rate, mean, by_task, drop in zip(
+            self.lanes.peaks, means, accuracies, dropped, strict=True
+        ):
+            history = self.histories[rate]
+            history.accuracies.append(mean)
+            history.by_task = by_task
+            history.seconds += share
+            if not isfinite(history.loss):
+                history.status = "diverged"
+            elif mean > self.recipe.stop_above:
+                history.status = "stopped"
+            elif self.epoch == self.recipe.epochs:
+                history.status = "done"
+            elif drop and self.recipe.drop_hopeless:
+                history.status = "dropped"
+        going = [
+            i
+            for i, rate in enumerate(self.lanes.peaks)
+            if self.histories[rate].status == "running"
+        ]
+        if len(going) < len(means):
+            self.lanes.keep(going)
+            self._step = stepper(self.lanes)
+
+
+def describe(point: Point, recipe: Recipe) -> dict[str, Any]:
+    """What a row says of where it came from."""
+    return {
+        "point": point.key,
+        "architecture": point.architecture,
+        "hidden_size": point.hidden_size,
+        "dials": dict(point.dials),
+        "seed": point.seed,
+        "recipe": recipe.key,
+        "products": recipe.products,
+    }
+
+
+@torch.no_grad()
+def evaluate(lanes: Lanes, test: Sequence[Segment]) -> Float[Tensor, "M S"]:
+    """Share of queries answered right, a lane and a test segment at a time."""
+    model = lanes.model.eval()
+    size = TEST_TOKENS[lanes.flat.device.type]
+    rows = []
+    for lane in range(len(lanes.peaks)):
+        own = lanes.alone(lane)
+        for part in test:
+            right = torch.zeros((), device=part.tokens.device)
+            for batch in part.batches(max(1, size // part.tokens.shape[1])):
+                hidden = functional_call(model, own, (batch.tokens, batch.positions))
+                guess = (hidden @ own["embedding.weight"].T).argmax(-1)
+                right += (guess == batch.answers).sum()
+            rows.append(right / part.answers.numel())
+    return torch.stack(rows).unflatten(0, (len(lanes.peaks), len(test)))
+
+
+def _set_products(recipe: Recipe) -> None:
+    """float32 products in full precision, or by way of TF32."""
+    precision = "highest" if recipe.products == "float32" else "high"
+    torch.set_float32_matmul_precision(precision)

@@ -1,0 +1,133 @@
+"""Stacked models compute what each would alone: every architecture, and the whole step."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from based.recall.architectures import ARCHITECTURES, build_model
+from based.recall.config import Point, Recipe
+from based.recall.lanes import Lanes
+from based.recall.mqar import Segment, Task, segment
+from based.recall.steps import RecordedSteps, train_step
+
+RECIPE = Recipe(vocab_size=32, train=(Task(24, 4, 8),), test=(Task(24, 4, 8),), batch_size=4)
+RATES = (1e-2, 1e-3, 3e-2)
+
+
+def lanes_of(architecture: str, rates: tuple[float, ...] = RATES) -> Lanes:
+    model = build_model(Point(architecture, 64), RECIPE).double()
+    model.train()
+    return Lanes(model, rates, weight_decay=0.1)
+
+
+def batch(examples: int = 4, seed: int = 0) -> Segment:
+    return segment(Task(24, 4, examples), 32, seed=seed)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_lanes_are_the_models_alone(architecture: str) -> None:
+    """Two steps, so that the lanes differ: losses and all parameters, dropout included."""
+    stacked = lanes_of(architecture)
+    assert stacked.stacked
+    alone = [lanes_of(architecture, (rate,)) for rate in RATES]
+    for lanes in (stacked, *alone):
+        torch.manual_seed(1)
+        for seed in (0, 1):
+            train_step(lanes, batch(seed=seed))
+    together = torch.cat([lanes.flat for lanes in alone])
+    torch.testing.assert_close(stacked.flat, together, rtol=0, atol=1e-9)
+    torch.testing.assert_close(
+        stacked.losses, torch.cat([lanes.losses for lanes in alone]), rtol=0, atol=1e-9
+    )
+    assert (stacked.flat[0] - stacked.flat[1]).abs().max() > 1e-3
+
+
+def test_an_op_without_a_form_over_lanes_runs_lane_by_lane(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(self: torch.nn.Module, x: Tensor, *rest: object) -> tuple[Tensor, None]:
+        # Reading a number out of a tensor is what vmap cannot do.
+        return x * float(x.detach().flatten()[0] * 0 + 2), None
+
+    want = lanes_of("gla")
+    monkeypatch.setattr("based.mixers.base_convolution.BaseConvolution.mix", forward)
+    lanes = lanes_of("gla")
+    assert want.stacked
+    assert not lanes.stacked
+    hidden, _ = lanes.hidden(*batch()[:2])
+    assert hidden.shape == (3, 4, 4, 64)
+
+
+def test_the_step_is_adamw_on_the_mean_cross_entropy() -> None:
+    """Against torch's own AdamW on the plain model, which knows nothing of lanes."""
+    lanes = lanes_of("based")
+    # No dropout, so that the plain form is the training form.
+    lanes.model.config = type(lanes.model.config)(
+        **{**vars(lanes.model.config), "embedding_dropout": 0.0}
+    )
+    reference = [build_model(Point("based", 64), RECIPE).double() for _ in RATES]
+    for model, rate in zip(reference, RATES, strict=True):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.1)
+        for seed in range(3):
+            tokens, positions, answers = batch(seed=seed)
+            logits = model.logits(model(tokens, positions))
+            optimizer.zero_grad()
+            F.cross_entropy(logits.flatten(0, 1), answers.flatten().long()).backward()
+            optimizer.step()
+    for seed in range(3):
+        train_step(lanes, batch(seed=seed))
+    for lane, model in enumerate(reference):
+        own = lanes.alone(lane)
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(own[name], parameter.detach(), rtol=0, atol=1e-10)
+
+
+def test_embedding_dropout_is_of_the_published_share_and_of_training_alone() -> None:
+    lanes = lanes_of("based")
+    x = lanes._embed(torch.ones(3, 32, 64, dtype=torch.float64), torch.zeros(40, 24).int())
+    assert abs((x == 0).double().mean() - 0.1) < 0.01
+    assert x[x != 0].allclose(torch.tensor(1 / 0.9, dtype=torch.float64))
+    assert torch.equal(x[0], x[2])
+    tokens, positions, _ = batch()
+    own = lanes.alone(0)
+    first, second = (functional_call(lanes.model, own, (tokens, positions)) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_keeping_some_lanes_goes_on_with_them() -> None:
+    lanes, kept = lanes_of("gla"), lanes_of("gla")
+    for one in (lanes, kept):
+        torch.manual_seed(1)
+        train_step(one, batch())
+    kept.keep([2, 0])
+    assert kept.peaks == (RATES[2], RATES[0])
+    for one in (lanes, kept):
+        torch.manual_seed(2)
+        one.set_rate(0.5)
+        train_step(one, batch(seed=1))
+    torch.testing.assert_close(kept.flat, lanes.flat[[2, 0]], rtol=0, atol=1e-12)
+
+
+def test_recorded_steps_are_plain_steps() -> None:
+    """A recorder as a GPU's: it runs a new step twice to warm up, then gives it back."""
+    recorded: list[torch.Size] = []
+    plain, lanes = lanes_of("based"), lanes_of("based")
+
+    def record(step: Callable[[], None]) -> Callable[[], None]:
+        step()
+        step()
+        recorded.append(lanes.flat.shape)
+        return step
+
+    steps = RecordedSteps(lanes, record)
+    batches = [batch(4, 0), batch(4, 1), batch(2, 2), batch(4, 3), batch(2, 4)]
+    for take, own in ((train_step, plain), (steps, lanes)):
+        torch.manual_seed(3)
+        for one in batches:
+            take(own, one)
+    assert len(recorded) == 2
+    assert torch.equal(lanes.flat, plain.flat)
+    assert torch.equal(lanes.losses, plain.losses)
+    assert lanes.steps == 5

@@ -72,6 +72,23 @@ class SoftmaxAttention(Mixer):
         capacity = max(state["keys"].shape[1] for state in states)
         return State.concatenate([_grow(state, capacity) for state in states])
 
+    def segment_state(self, x: Float[Tensor, "B T C"], position: int) -> State:
+        token = torch.arange(position, position + x.shape[1], device=x.device)
+        _, k, v = self._project(x, token[None])
+        length = torch.full((x.shape[0],), x.shape[1], device=x.device)
+        return _grow(State(keys=k, values=v, length=length), x.shape[1])
+
+    def join_segments(self, before: State, after: State, position: int, length: int) -> State:
+        keys, values = (
+            torch.cat([before[name][:, :position], after[name][:, :length]], dim=1)
+            for name in ("keys", "values")
+        )
+        joined = State(keys=keys, values=values, length=before["length"] + length)
+        return _grow(joined, position + length)
+
+    def mixing_flops(self, length: int) -> int:
+        return 2 * (length + 1) * self.num_heads * self.head_dim
+
     def _append(self, state: State, k: Tensor, v: Tensor, longest: int) -> State:
         """A new state with the keys and values behind each row's own."""
         seen, new = state["length"], k.shape[1]

@@ -61,9 +61,6 @@ class GatedConvolution(Mixer):
         inputs = torch.cat([before["inputs"], after["inputs"][:, count - new :]], dim=1)
         return State(inputs=inputs[:, new:])
 
-    def mixing_flops(self, length: int) -> int:
-        return 2 * self.conv_weight.numel()
-
     def step(self, x: Float[Tensor, "B C"], state: State) -> Float[Tensor, "B C"]:
         y, after = self.mix(x[:, None], state)
         if after is not None:

@@ -70,25 +70,26 @@ class Checkpoints:
         if pending is not None:
             pending.result()
 
-    def load_newest(self, state: dict[str, Any], warn: Callable[[str], None]) -> int:
-        """Reads the newest sound checkpoint into `state`'s tensors; returns its step, or 0.
+    def newest(self, warn: Callable[[str], None]) -> int:
+        """Step of the newest sound checkpoint, or 0; damaged ones are passed over with a warning.
 
-        Damaged ones are passed over with a warning. Raises `BasedError` if there
-        are checkpoints and all are damaged.
+        Raises `BasedError` if there are checkpoints and all are damaged.
         """
         step = self.ranks.from_first(self._newest(warn) if self.ranks.rank == 0 else 0)
         if step < 0:
             raise BasedError(
                 f"all checkpoints in {self.folder} are damaged; remove them to begin anew"
             )
-        if step > 0:
-            dcp.load(
-                state,
-                checkpoint_id=self._path(step),
-                process_group=self.ranks.checkpoint_group,
-                no_dist=self.ranks.size == 1,
-            )
         return step
+
+    def load(self, step: int, state: dict[str, Any]) -> None:
+        """Reads the checkpoint into `state`'s tensors."""
+        dcp.load(
+            state,
+            checkpoint_id=self._path(step),
+            process_group=self.ranks.checkpoint_group,
+            no_dist=self.ranks.size == 1,
+        )
 
     def remove_unfinished(self) -> None:
         """Removes what a killed process left half written; nobody else may be writing."""
@@ -101,7 +102,9 @@ class Checkpoints:
             try:
                 written.result()
             except dcp.api.CheckpointException as error:
-                raise _cause(error) from error
+                if self.ranks.rank == 0:
+                    raise _cause(error) from error
+                raise BasedError(f"could not save {self._path(step)}: {_cause(error)}") from error
             if self.ranks.rank == 0:
                 manifest = json.dumps({"step": step, "files": _files(folder)})
                 (folder / MANIFEST).write_text(manifest)

@@ -44,6 +44,14 @@ def join_job(device: str) -> torch.device:
     return here
 
 
+def lost_contact(error: BaseException) -> str | None:
+    """What the network said if the error means that another rank is gone."""
+    text = str(error)
+    signs = ("gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe")
+    known = isinstance(error, dist.DistError) or any(sign in text for sign in signs)
+    return text.splitlines()[0] if known and job_ranks() > 1 else None
+
+
 class Ranks:
     """This rank's place among all, and what all do together."""
 

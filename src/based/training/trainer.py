@@ -39,7 +39,7 @@ from based.training.learner import Learner
 from based.training.loggers import Logger, LoggerName, open_logger
 from based.training.metrics import MetricsLog, plot_metrics
 from based.training.optimizer import learning_rate
-from based.training.parallel import Ranks
+from based.training.parallel import Ranks, lost_contact
 
 
 @dataclass(frozen=True)
@@ -122,10 +122,16 @@ class Trainer:
             self._resume()
             try:
                 return self._train()
-            except BaseException:
+            except BaseException as error:
                 with suppress(Exception):
                     self.checkpoints.wait()
-                raise
+                if (reason := lost_contact(error)) is None:
+                    raise
+                raise BasedError(
+                    f"another rank was lost in step {self.step + 1} ({reason}); the checkpoint of "
+                    f"step {max(self.checkpoints.steps(), default=0)} is whole: start the same "
+                    "command again"
+                ) from error
             finally:
                 for logger in self._loggers:
                     logger.close()
@@ -216,9 +222,7 @@ class Trainer:
         refusal = self.ranks.from_first(self._claim() if self.ranks.rank == 0 else None)
         if refusal is not None:
             raise BasedError(refusal)
-        state = self._state()
-        self.step = self.checkpoints.load_newest(state, self._say)
-        self._saved_step = self.step
+        self.step = self._saved_step = self.checkpoints.newest(self._say)
         if self.ranks.rank == 0:
             self.metrics.keep_until(self.step)
             self._loggers = [
@@ -227,6 +231,9 @@ class Trainer:
             ]
         if self.step == 0:
             return
+        # Only now: to describe an optimiser that has not stepped, the library makes it step.
+        state = self._state()
+        self.checkpoints.load(self.step, state)
         self.learner.load(state)
         torch.set_rng_state(state["random"])
         if "random_cuda" in state:

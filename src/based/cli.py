@@ -40,10 +40,12 @@ def _run(verb: str, arguments: list[str]) -> None:
 
     module_name, options, _ = VERBS[verb]
     module = import_module(module_name)
-    config = tyro.cli(
-        getattr(module, options), args=arguments, prog=f"based {verb}", use_underscores=False
-    )
     try:
+        if hasattr(module, "expand"):
+            arguments = module.expand(arguments)
+        config = tyro.cli(
+            getattr(module, options), args=arguments, prog=f"based {verb}", use_underscores=False
+        )
         module.run(config)
     except BasedError as error:
         _fail(str(error), status=1)

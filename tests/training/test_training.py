@@ -17,6 +17,7 @@ from based.errors import BasedError
 from based.models import load_model
 from based.models.checkpoint import model_folder
 from based.training import TrainConfig, Trainer
+from based.training.learner import Learner
 from based.training.metrics import MetricsLog, plot_metrics, read_metrics, smoothed
 from based.training.optimizer import build_optimizer, learning_rate
 
@@ -55,7 +56,7 @@ def config(data) -> TrainConfig:
         data=data,
         steps=12,
         batch_size=4,
-        accumulation=2,
+        micro_batch=2,
         length=16,
         warmup_steps=3,
         evaluate_every=6,
@@ -139,7 +140,7 @@ def after(step):
     if where == "in a step" and step.step == 7:
         kill()
 torch.set_num_threads(2)
-config = TrainConfig(Path(sys.argv[1]), steps=12, batch_size=4, accumulation=2, length=16,
+config = TrainConfig(Path(sys.argv[1]), steps=12, batch_size=4, micro_batch=2, length=16,
                      warmup_steps=3, evaluate_every=6, checkpoint_every=4)
 Trainer(config, Path(sys.argv[2]), Recorder(after), torch.device("cpu")).train()
 """
@@ -203,9 +204,11 @@ def test_an_infinite_loss_stops_before_the_weights_are_touched(
 
     def poison(step) -> None:
         if step.step == 5:
-            monkeypatch.setattr(Trainer, "_loss", lambda self, batch: loss(self, batch) * math.nan)
+            monkeypatch.setattr(
+                Learner, "_backward", lambda *args, **_: backward(*args, **_) * math.nan
+            )
 
-    loss = Trainer._loss
+    backward = Learner._backward
     with pytest.raises(BasedError, match=r"loss is nan .* at step 6.*checkpoint of step 4 is kept"):
         train(config, run, Recorder(poison))
     monkeypatch.undo()
@@ -241,7 +244,7 @@ def test_other_options_or_a_second_process_are_refused(config, tmp_path) -> None
     [
         ({"steps": 0}, "steps is 0"),
         ({"learning_rate": 0.0}, "learning_rate is 0"),
-        ({"accumulation": 3}, "does not divide into 3 micro-batches"),
+        ({"micro_batch": 0}, "micro_batch is 0"),
         ({"keep_checkpoints": 0}, "keep_checkpoints is 0"),
     ],
 )
@@ -262,15 +265,16 @@ def test_bad_runs(config, tmp_path) -> None:
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
 
 
-def test_accumulation_gives_the_gradient_of_the_whole_batch(config, tmp_path) -> None:
-    gradients = []
-    for parts in (1, 4):
-        trainer = Trainer(
-            replace(config, accumulation=parts), tmp_path / str(parts), Recorder(), CPU
-        )
-        trainer._accumulate(0)
-        gradients.append([p.grad for p in trainer.model.parameters()])
-    for a, b in zip(*gradients, strict=True):
+@pytest.mark.parametrize(
+    "change", [{"micro_batch": 1}, {"segment": 5}, {"segment": 7, "recompute": True}]
+)
+def test_savings_of_memory_leave_the_gradient_alone(config, tmp_path, change) -> None:
+    found = []
+    for options in ({"micro_batch": 4}, change):
+        trainer = Trainer(replace(config, **options), tmp_path, Recorder(), CPU)
+        loss, norm = trainer._gradients()
+        found.append([torch.tensor([loss, norm]), *(p.grad for p in trainer.model.parameters())])
+    for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 

@@ -10,10 +10,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from based.mixers import Mixer, State, build_mixer
 from based.mixers.packing import Packing
 from based.models.config import DecoderConfig
+from based.ops.linear_cross_entropy import linear_cross_entropy
 
 
 class DecoderState(list[State]):
@@ -94,6 +96,9 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """Token ids in, next-token logits out; parallel over a sequence or token by token."""
 
+    #: Whether training computes each block's activations anew instead of keeping them.
+    recompute: bool = False
+
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
@@ -160,7 +165,11 @@ class Decoder(nn.Module):
         x = self._embed(tokens)
         after = []
         for layer, block in enumerate(self.blocks):
-            x, layer_state = block(x, None if state is None else state[layer], cu_seqlens)
+            arguments = (x, None if state is None else state[layer], cu_seqlens)
+            if self.recompute:
+                x, layer_state = checkpoint(block, *arguments, use_reentrant=False)
+            else:
+                x, layer_state = block(*arguments)
             after.append(layer_state)
         x = self.norm(x)
         x = x if packing is None else packing.unpack(x)
@@ -169,6 +178,23 @@ class Decoder(nn.Module):
     def logits(self, hidden: Float[Tensor, "... C"]) -> Float[Tensor, "... V"]:
         """Next-token logits from final hidden states; the head is the embedding."""
         return F.linear(hidden, self.embedding.weight)
+
+    def loss(
+        self,
+        tokens: Int[Tensor, "B T"],
+        targets: Int[Tensor, "B T"],
+        state: DecoderState | None = None,
+        *,
+        cu_seqlens: Int[Tensor, " E"] | None = None,
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, "B T"], DecoderState | None]:
+        """Sum of the targets' losses (nats), each one's (without gradient), and the next state.
+
+        The logits of all positions are never in memory together.
+        """
+        x, state = self.hidden(tokens, state, cu_seqlens=cu_seqlens)
+        weight = self.embedding.weight
+        total, losses = linear_cross_entropy(x.flatten(0, 1), weight, targets.flatten())
+        return total, losses.view(targets.shape), state
 
     @torch.no_grad()
     def step(self, tokens: Int[Tensor, " B"], state: DecoderState) -> Float[Tensor, "B V"]:

@@ -99,7 +99,13 @@ def _published(axes: Axes, architectures: set[str]) -> None:
         if architecture in architectures:
             sizes, accuracies = zip(*points, strict=True)
             axes.plot(
-                sizes, accuracies, "D", color=_color(architecture), alpha=0.28, markersize=8, zorder=0
+                sizes,
+                accuracies,
+                "D",
+                color=_color(architecture),
+                alpha=0.28,
+                markersize=8,
+                zorder=0,
             )
 
 

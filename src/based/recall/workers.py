@@ -69,4 +69,3 @@ def ray_workers(address: str) -> Iterator[Submit]:
         yield submit
     finally:
         ray.shutdown()
-

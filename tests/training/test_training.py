@@ -1,13 +1,15 @@
 import errno
 import json
 import math
+import os
 import shutil
-import subprocess
-import sys
+import signal
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import pytest
+import ranks
 import torch
 from torch import nn
 
@@ -16,7 +18,7 @@ from based.data.prepare import prepare
 from based.errors import BasedError
 from based.models import load_model
 from based.models.checkpoint import model_folder
-from based.training import TrainConfig, Trainer
+from based.training import TrainConfig, Trainer, checkpoint
 from based.training.learner import Learner
 from based.training.metrics import MetricsLog, plot_metrics, read_metrics, smoothed
 from based.training.optimizer import build_optimizer, learning_rate
@@ -115,46 +117,41 @@ def test_resumed_is_never_interrupted_bit_for_bit(config, tmp_path) -> None:
     assert_bitwise(tmp_path / "whole", tmp_path / "cut")
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-import torch
-from based import files
-from based.training import TrainConfig, Trainer, checkpoint
-sys.path.insert(0, {tests!r})
-from test_training import Recorder
-where, calls = sys.argv[3], 0
-def kill(*_):
-    os.kill(os.getpid(), signal.SIGKILL)
-def sync(path, sync=files._sync_one):
-    global calls
-    calls += 1
-    if where == "while syncing" and calls == 9:
-        kill()
-    sync(path)
-files._sync_one = sync
-if where == "before the manifest":
-    count = checkpoint._files
-    checkpoint._files = lambda folder: kill() if "00000008" in str(folder) else count(folder)
-def after(step):
-    if where == "in a step" and step.step == 7:
-        kill()
-torch.set_num_threads(2)
-config = TrainConfig(Path(sys.argv[1]), steps=12, batch_size=4, micro_batch=2, length=16,
-                     warmup_steps=3, evaluate_every=6, checkpoint_every=4)
-Trainer(config, Path(sys.argv[2]), Recorder(after), torch.device("cpu")).train()
-"""
+def killed(config: TrainConfig, folder: Path, where: str) -> None:
+    """A run in a process of its own that kills itself at the named moment."""
+    calls, sync, files_of = count(1), files._sync_one, checkpoint._files
+
+    def kill() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def killing_sync(path: Path) -> None:
+        if where == "while syncing" and next(calls) == 9:
+            kill()
+        sync(path)
+
+    def killing_files(folder: Path) -> dict:
+        if where == "before the manifest" and "00000008" in str(folder):
+            kill()
+        return files_of(folder)
+
+    def killing_step(step) -> None:
+        if where == "in a step" and step.step == 7:
+            kill()
+
+    torch.set_num_threads(1)
+    files._sync_one, checkpoint._files = killing_sync, killing_files
+    train(config, folder, Recorder(killing_step))
 
 
-def test_killed_at_any_moment_a_run_goes_on_bit_for_bit(data, tmp_path) -> None:
-    script = KILLED.format(tests=str(Path(__file__).parent))
-
-    def run(folder, where) -> int:
-        command = [sys.executable, "-c", script, str(data), str(folder), where]
-        return subprocess.run(command, check=False, capture_output=True).returncode
+def test_killed_at_any_moment_a_run_goes_on_bit_for_bit(config, tmp_path) -> None:
+    def run(folder: Path, where: str) -> int | None:
+        process = ranks.CONTEXT.Process(target=killed, args=(config, folder, where))
+        process.start()
+        process.join()
+        return process.exitcode
 
     for where in ("in a step", "before the manifest", "while syncing"):
-        assert run(tmp_path / "killed", where) == -9, where
+        assert run(tmp_path / "killed", where) == -signal.SIGKILL, where
     assert run(tmp_path / "killed", "nowhere") == 0
     assert run(tmp_path / "whole", "nowhere") == 0
     assert_bitwise(tmp_path / "whole", tmp_path / "killed")

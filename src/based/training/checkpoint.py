@@ -21,7 +21,7 @@ from typing import Any
 import torch.distributed.checkpoint as dcp
 
 from based.errors import BasedError
-from based.files import published
+from based.files import not_saved, published
 from based.training.parallel import Ranks
 
 MANIFEST = "manifest.json"
@@ -104,7 +104,7 @@ class Checkpoints:
             except dcp.api.CheckpointException as error:
                 if self.ranks.rank == 0:
                     raise _cause(error) from error
-                raise BasedError(f"could not save {self._path(step)}: {_cause(error)}") from error
+                raise not_saved(self._path(step), _cause(error)) from error
             if self.ranks.rank == 0:
                 manifest = json.dumps({"step": step, "files": _files(folder)})
                 (folder / MANIFEST).write_text(manifest)

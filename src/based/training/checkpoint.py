@@ -56,7 +56,7 @@ class Checkpoints:
         if self.ranks.rank == 0:
             folder = stack.enter_context(published(folder))
         folder = self.ranks.from_first(folder)
-        written = dcp.async_save(
+        written: Any = dcp.async_save(
             state,
             checkpoint_id=folder,
             process_group=self.ranks.checkpoint_group,

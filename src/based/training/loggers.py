@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -46,11 +47,11 @@ class WandbLogger:
     """A Weights & Biases run, named like the directory; a resumed run goes on in it."""
 
     def __init__(self, run: Path, step: int, options: dict[str, Any]) -> None:
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]
 
         kept = run / "wandb.id"
         if not kept.exists():
-            kept.write_text(wandb.util.generate_id())
+            kept.write_text(secrets.token_hex(8))
         self._run = wandb.init(
             id=kept.read_text(), name=run.name, dir=str(run), resume="allow", config=options
         )

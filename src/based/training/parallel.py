@@ -8,7 +8,7 @@ optimiser's state are sharded over all ranks (FSDP2).
 from __future__ import annotations
 
 import os
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -76,7 +76,8 @@ class Ranks:
             mesh = self._mesh(self.data_ranks, context_parallel)
             self.context_group = mesh.get_group(1)
         # Collectives of a checkpoint run beside those of the steps.
-        self.checkpoint_group = dist.new_group(backend="gloo") if self.size > 1 else None
+        group: Any = dist.new_group(backend="gloo") if self.size > 1 else None
+        self.checkpoint_group: dist.ProcessGroup | None = group
 
     def sum(self, *values: torch.Tensor | float) -> list[float]:
         """Each value summed over all ranks."""

@@ -59,4 +59,3 @@ def test_the_kernel_is_the_gradient(interpreted, vocabulary: int) -> None:
     mine = logits.clone()
     torch.testing.assert_close(kernel(mine, answers, 0.2), softmax_gradient_(logits, answers, 0.2))
     torch.testing.assert_close(mine, logits, rtol=1e-5, atol=1e-7)
-

@@ -47,7 +47,9 @@ class _Fold(torch.autograd.Function):
         """Nothing to keep."""
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], op: Callable[..., Any], *args: Any) -> Any:
+    def vmap(  # pyright: ignore[reportIncompatibleMethodOverride]
+        info: Any, in_dims: tuple[Any, ...], op: Callable[..., Any], *args: Any
+    ) -> Any:
         lanes = info.batch_size
 
         def fold(x: Any, dim: int | None) -> Any:

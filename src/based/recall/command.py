@@ -224,7 +224,7 @@ def _train(
         ended = sweep(
             points, results, submit, devices, deadline=deadline, threads=threads, rates=rates
         )
-        for point, rows in ended:
+        for _, rows in ended:
             aside += rows is None
             if rows is not None:
                 progress.advance(task)

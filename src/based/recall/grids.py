@@ -39,8 +39,9 @@ def combination(recipe: Recipe) -> list[Point]:
     for feature_dim, window in ((8, 23), (16, 78), (24, 165)):
         both = Point("shipped", 64, {"feature_dim": feature_dim, "window": window})
         budget = state_bytes(both, recipe)
-        alone = (point_of_size(f"shipped_{part}", 64, budget, recipe) for part in ("taylor", "window"))
-        points += [both, *alone]
+        points.append(both)
+        for alone in ("shipped_taylor", "shipped_window"):
+            points.append(point_of_size(alone, 64, budget, recipe))
     return points
 
 
@@ -101,8 +102,8 @@ def point_of_size(
     point, size = min((at(low), at(high)), key=lambda found: abs(found[1] - budget))
     if abs(size - budget) > CLOSE * budget:
         raise BasedError(
-            f"{architecture} of width {hidden_size} has no state near {budget:,} bytes: the closest "
-            f"is {size:,} ({dial} {point.dials[dial]}); change the width or the budget"
+            f"{architecture} of width {hidden_size} has no state near {budget:,} bytes: the "
+            f"closest is {size:,} ({dial} {point.dials[dial]}); change the width or the budget"
         )
     return point
 

@@ -187,9 +187,7 @@ class PointTrainer:
             elif drop and self.recipe.drop_hopeless:
                 history.status = "dropped"
         going = [
-            i
-            for i, rate in enumerate(self.lanes.peaks)
-            if self.histories[rate].status == "running"
+            i for i, rate in enumerate(self.lanes.peaks) if self.histories[rate].status == "running"
         ]
         if len(going) < len(means):
             self.lanes.keep(going)

@@ -40,8 +40,8 @@ def combination(recipe: Recipe) -> list[Point]:
         both = Point("shipped", 64, {"feature_dim": feature_dim, "window": window})
         budget = state_bytes(both, recipe)
         points.append(both)
-        for part in ("taylor", "window"):
-            points.append(point_of_size(f"shipped_{part}", 64, budget, recipe))
+        for alone in ("shipped_taylor", "shipped_window"):
+            points.append(point_of_size(alone, 64, budget, recipe))
     return points
 
 

@@ -34,7 +34,8 @@ COLORS = {
 
 def published(figure: str = "zoology") -> dict[str, list[tuple[int, float]]]:
     """Digitised points by architecture: bytes by the paper's accounting, accuracy."""
-    return json.loads(PUBLISHED.read_text())[figure]["points"]
+    points = json.loads(PUBLISHED.read_text())[figure]["points"]
+    return {name: [(size, accuracy) for size, accuracy in own] for name, own in points.items()}
 
 
 def draw(rows: Sequence[Row], path: Path) -> list[Path]:
@@ -98,15 +99,8 @@ def _published(axes: Axes, architectures: set[str]) -> None:
     for architecture, points in published().items():
         if architecture in architectures:
             sizes, accuracies = zip(*points, strict=True)
-            axes.plot(
-                sizes,
-                accuracies,
-                "D",
-                color=_color(architecture),
-                alpha=0.28,
-                markersize=8,
-                zorder=0,
-            )
+            color = _color(architecture)
+            axes.plot(sizes, accuracies, "D", color=color, alpha=0.28, markersize=8, zorder=0)
 
 
 def _color(architecture: str) -> str:

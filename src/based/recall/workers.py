@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
@@ -55,6 +56,7 @@ def ray_workers(address: str) -> Iterator[Submit]:
         import ray
     except ImportError as error:
         raise BasedError("--ray needs the package ray: pip install 'based[ray]'") from error
+    _check_reachable(address)
     try:
         ray.init(address, log_to_driver=False, configure_logging=False, include_dashboard=False)
     except (ConnectionError, ValueError, RuntimeError) as error:
@@ -69,3 +71,14 @@ def ray_workers(address: str) -> Iterator[Submit]:
         yield submit
     finally:
         ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Refuses a host:port where nobody listens; Ray itself would wait for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host:
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, ValueError) as error:
+        raise BasedError(f"no Ray cluster at {address!r}: {error}") from error

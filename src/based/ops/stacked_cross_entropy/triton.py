@@ -15,7 +15,9 @@ def softmax_gradient_kernel_(
     losses = torch.empty(models, queries, dtype=torch.float32, device=logits.device)
     block = triton.next_power_of_2(vocabulary)
     _kernel[(models * queries,)](
-        logits, answers, losses, queries, vocabulary, scale, BLOCK=block, num_warps=8
+        *(logits, answers, losses, queries, vocabulary, scale),
+        BLOCK=block,
+        num_warps=8,  # pyright: ignore[reportCallIssue]
     )
     return losses.sum(-1)
 

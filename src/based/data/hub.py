@@ -49,7 +49,8 @@ class HubDataset:
         saved = any((Path(self.name) / name).exists() for name in SAVED)
         if saved:
             found = datasets.load_from_disk(self.name)
-            return iter(found[self.split] if isinstance(found, datasets.DatasetDict) else found)
+            rows: Any = found[self.split] if isinstance(found, datasets.DatasetDict) else found
+            return iter(rows)
         return iter(
             datasets.load_dataset(
                 self.name, self.subset, split=self.split, streaming=self.streaming

@@ -23,6 +23,22 @@ class TensorSpec(NamedTuple):
     dtype: torch.dtype | None = None
 
 
+class Layout(NamedTuple):
+    """How states are stored between decode steps; the default is the canonical state.
+
+    A layout adds tensors to a state or narrows its accumulators, where a mixer
+    has a use for that; `Mixer.settle` brings such a state back to canonical values.
+    """
+
+    recent: int = 0
+    """Tokens that are kept as they are before an accumulator takes them up; 0 for none."""
+    accumulator: torch.dtype | None = None
+    """Storage dtype of large accumulators; None for their own."""
+
+
+CANONICAL = Layout()
+
+
 class Mixer(nn.Module, ABC):
     """Maps `[B, T, hidden_size]` to the same shape; output t depends on inputs 0 .. t.
 
@@ -76,7 +92,19 @@ class Mixer(nn.Module, ABC):
         """One state with the rows of all; overridden where rows can differ in size."""
         return State.concatenate(states)
 
-    def init_state(self, batch_size: int, length: int = 0) -> State:
+    def layout_spec(
+        self, length: int, dtype: torch.dtype, layout: Layout
+    ) -> dict[str, TensorSpec]:
+        """`state_spec` in a layout; overridden where a layout means something."""
+        return self.state_spec(length, dtype)
+
+    def settle(self, state: State) -> None:
+        """Gives the tensors of `state_spec` their canonical values, in place, in any layout."""
+        return
+
+    def init_state(
+        self, batch_size: int, length: int = 0, layout: Layout = CANONICAL
+    ) -> State:
         """The state before the first token, with room for `length` tokens where it grows."""
         like = next(self.parameters())
         return State(
@@ -84,7 +112,7 @@ class Mixer(nn.Module, ABC):
                 name: torch.zeros(
                     (batch_size, *spec.shape), dtype=spec.dtype or like.dtype, device=like.device
                 )
-                for name, spec in self.state_spec(length, like.dtype).items()
+                for name, spec in self.layout_spec(length, like.dtype, layout).items()
             }
         )
 

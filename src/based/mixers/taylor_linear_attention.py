@@ -61,10 +61,31 @@ class TaylorLinearAttention(Mixer):
         after = None if state is None else State(numerator=numerator, denominator=denominator)
         return self.out_proj(out.flatten(-2)), after
 
+    def layout_spec(
+        self, length: int, dtype: torch.dtype, layout: Layout
+    ) -> dict[str, TensorSpec]:
+        spec = self.state_spec(length, dtype)
+        if layout.accumulator is not None:
+            spec["numerator"] = TensorSpec(spec["numerator"].shape, layout.accumulator)
+        if layout.recent:
+            ring = (layout.recent, self.num_heads)
+            spec["recent_keys"] = TensorSpec((*ring, self.feature_dim))
+            spec["recent_values"] = TensorSpec((*ring, self.head_dim))
+            spec["seen"] = TensorSpec((), torch.long)
+        return spec
+
+    def settle(self, state: State) -> None:
+        if "seen" in state:
+            held = state["seen"] % state["recent_keys"].shape[1]
+            names = ("numerator", "denominator", "recent_keys", "recent_values")
+            fold_recent(*(state[name] for name in names), held)
+            state["seen"].zero_()
+
     def step(self, x: Float[Tensor, "B C"], state: State) -> Float[Tensor, "B C"]:
-        out = taylor_linear_attention_step(
-            *self._project(x), state["numerator"], state["denominator"]
-        )
+        step = taylor_linear_attention_step
+        if "seen" in state:
+            step = taylor_linear_attention_deferred_step
+        out = step(*self._project(x), **state)
         return self.out_proj(out.flatten(-2))
 
     def _project(self, x: Float[Tensor, "... C"]) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,9 +11,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from based.mixers import Mixer, State, build_mixer
+from based.mixers import CANONICAL, Layout, Mixer, State, build_mixer
 from based.mixers.packing import Packing
 from based.models.config import DecoderConfig
+from based.ops.elementwise import add_rms_norm, swiglu
 
 
 class DecoderState(list[State]):
@@ -27,6 +28,10 @@ class DecoderState(list[State]):
     def select(self, rows: Int[Tensor, " R"]) -> DecoderState:
         """A copy of the given rows, in that order (repeats allowed)."""
         return DecoderState(state.select(rows) for state in self)
+
+    def narrow(self, first: int, count: int) -> DecoderState:
+        """A view of `count` rows from `first` on."""
+        return DecoderState(state.narrow(first, count) for state in self)
 
     def clone(self) -> DecoderState:
         """A copy that shares no memory."""
@@ -45,6 +50,12 @@ class RMSNorm(nn.Module):
         weight = self.weight.to(x.dtype)
         return F.rms_norm(x, weight.shape, weight, self.eps).to(self.weight.dtype)
 
+    def add(
+        self, x: Float[Tensor, "B C"], branch: Float[Tensor, "B C"] | None
+    ) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B C"]]:
+        """x + branch, and that normalised; in a decode step, one kernel. No gradients."""
+        return add_rms_norm(x, branch, self.weight, self.eps)
+
 
 class SwiGLU(nn.Module):
     """fc2(value * silu(gate)), value the first half of fc1's output and gate the second."""
@@ -58,6 +69,10 @@ class SwiGLU(nn.Module):
         """Acts on each token alone."""
         value, gate = self.fc1(x).chunk(2, dim=-1)
         return self.fc2(value * F.silu(gate))
+
+    def step(self, x: Float[Tensor, "B C"]) -> Float[Tensor, "B C"]:
+        """The same of one token a row, in fewer kernels. No gradients."""
+        return self.fc2(swiglu(self.fc1(x)))
 
 
 class Block(nn.Module):
@@ -79,10 +94,16 @@ class Block(nn.Module):
         x = x + mixed
         return x + self.mlp(self.mlp_norm(x)), state
 
-    def step(self, x: Float[Tensor, "B C"], state: State) -> Float[Tensor, "B C"]:
-        """One token for every row; changes the state in place."""
-        x = x + self.mixer.step(self.mixer_norm(x), state)
-        return x + self.mlp(self.mlp_norm(x))
+    def step(
+        self, x: Float[Tensor, "B C"], branch: Float[Tensor, "B C"] | None, state: State
+    ) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B C"]]:
+        """One token for every row; changes the state in place.
+
+        The residual stream comes and goes as a sum, x + branch, that the next norm adds up.
+        """
+        x, normed = self.mixer_norm.add(x, branch)
+        x, normed = self.mlp_norm.add(x, self.mixer.step(normed, state))
+        return x, self.mlp.step(normed)
 
 
 class Decoder(nn.Module):
@@ -167,15 +188,19 @@ class Decoder(nn.Module):
     @torch.no_grad()
     def step(self, tokens: Int[Tensor, " B"], state: DecoderState) -> Float[Tensor, "B V"]:
         """Feeds one token to every row, changes the state in place, returns the next logits."""
-        x = self._embed(tokens)
+        x, branch = self._embed(tokens), None
         for block, layer_state in zip(self.blocks, state, strict=True):
             assert isinstance(block, Block)
-            x = block.step(x, layer_state)
-        return self.logits(self.norm(x))
+            x, branch = block.step(x, branch, layer_state)
+        return self.logits(self.norm.add(x, branch)[1])
 
-    def init_state(self, batch_size: int, length: int = 0) -> DecoderState:
+    def init_state(
+        self, batch_size: int, length: int = 0, layout: Layout = CANONICAL
+    ) -> DecoderState:
         """The state before the first token; `length` reserves room in states that grow."""
-        return DecoderState(mixer.init_state(batch_size, length) for mixer in self.mixers())
+        return DecoderState(
+            mixer.init_state(batch_size, length, layout) for mixer in self.mixers()
+        )
 
     def state_bytes(self, length: int, dtype: torch.dtype | None = None) -> int:
         """Bytes that one sequence's state occupies after `length` tokens."""

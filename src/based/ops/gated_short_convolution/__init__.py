@@ -1,5 +1,6 @@
 """Gated short causal convolution, the mixing step of BaseConv (paper section 4.1)."""
 
 from based.ops.gated_short_convolution.shifted import gated_short_convolution, short_convolution
+from based.ops.gated_short_convolution.step import gated_short_convolution_step
 
-__all__ = ["gated_short_convolution", "short_convolution"]
+__all__ = ["gated_short_convolution", "gated_short_convolution_step", "short_convolution"]

@@ -2,11 +2,17 @@
 
 from based.ops.taylor_linear_attention.chunked import taylor_linear_attention
 from based.ops.taylor_linear_attention.features import num_features, state_dtype
-from based.ops.taylor_linear_attention.step import taylor_linear_attention_step
+from based.ops.taylor_linear_attention.step import (
+    fold_recent,
+    taylor_linear_attention_deferred_step,
+    taylor_linear_attention_step,
+)
 
 __all__ = [
+    "fold_recent",
     "num_features",
     "state_dtype",
     "taylor_linear_attention",
+    "taylor_linear_attention_deferred_step",
     "taylor_linear_attention_step",
 ]

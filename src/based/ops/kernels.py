@@ -1,0 +1,17 @@
+"""When the Triton kernels are used."""
+
+from functools import lru_cache
+from importlib.util import find_spec
+
+from torch import Tensor
+
+
+@lru_cache
+def triton_installed() -> bool:
+    """Whether Triton can be imported; torch's CUDA builds bring it."""
+    return find_spec("triton") is not None
+
+
+def use_kernels(x: Tensor) -> bool:
+    """Whether an operator on `x` runs as a Triton kernel: on a GPU, in up to float32."""
+    return x.is_cuda and x.element_size() <= 4 and triton_installed()

@@ -17,7 +17,10 @@ OPTIONS: dict[str, list[dict[str, int | float]]] = {
     ],
     "sliding_window_attention": [{"num_heads": 2, "window": 7}, {"num_heads": 3, "window": 1}],
     "gated_convolution": [{}, {"kernel_size": 1}, {"kernel_size": 4, "expand": 1}],
-    "softmax_attention": [{"num_heads": 2}, {"num_heads": 3, "rotary_fraction": 0.5}],
+    "softmax_attention": [
+        {"num_heads": 2},
+        {"num_heads": 4, "num_kv_heads": 2, "rotary_fraction": 0.5},
+    ],
 }
 CASES = [(name, options) for name in MIXERS for options in OPTIONS.get(name, [{}])]
 every_mixer = pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from based.ops.rotary import inverse_frequencies, rotate
 from based.ops.sliding_window_attention import decode as attention
 from based.ops.softmax_attention.reference import softmax_attention_reference
 from based.ops.taylor_linear_attention.decode import taylor_step_kernel
-from based.ops.taylor_linear_attention.features import key_features, num_features
+from based.ops.taylor_linear_attention.features import key_features
 from based.ops.taylor_linear_attention.reference import taylor_linear_attention_reference
 from based.ops.token_sampling.decode import sample_tokens_kernel
 from based.ops.token_sampling.reference import sample_tokens_reference
@@ -119,9 +119,7 @@ def test_attention_step_in_a_ring(D: int, R: int, group: int, dtype: torch.dtype
         q = draw(rows, heads, D, dtype=dtype)
         k, v = (draw(rows, heads // group, D, dtype=dtype) for _ in range(2))
         got = attention.attention_step_kernel(q, k, v, keys, values, seen, frequencies)
-        turned = [
-            rotate(x.double()[:, None], seen[:, None], frequencies) for x in (q, k)
-        ]
+        turned = [rotate(x.double()[:, None], seen[:, None], frequencies) for x in (q, k)]
         history.append((turned[1].to(dtype).double(), v.double()[:, None]))
         past_keys, past_values = (
             torch.cat(x, dim=1).repeat_interleave(group, dim=2)
@@ -143,9 +141,7 @@ def test_attention_step_far_out_and_split(monkeypatch: pytest.MonkeyPatch) -> No
     q, k, v = (draw(rows, heads, D) for _ in range(3))
     keys, values = (draw(rows, slots, heads, D) for _ in range(2))
     seen = torch.tensor([0, 17, 1_000_000_007], device=DEVICE)
-    turned_q, turned_k = (
-        rotate(x.double()[:, None], seen[:, None], frequencies) for x in (q, k)
-    )
+    turned_q, turned_k = (rotate(x.double()[:, None], seen[:, None], frequencies) for x in (q, k))
     wide_keys, wide_values = keys.double(), values.double()
     for row in range(rows):
         wide_keys[row, seen[row] % slots], wide_values[row, seen[row] % slots] = (
@@ -198,7 +194,9 @@ def test_sampling_draws_the_reference_s_tokens(dtype: torch.dtype) -> None:
     temperature = torch.linspace(0.2, 2.5, rows)
     temperature[-3:] = 0
     top_k = torch.tensor([150, 1, 20, 150, 7, 5, 3, 40, 150, 11, 150, 150, 2, 150, 10, 150])
-    top_p = torch.tensor([1.0, 1.0, 0.5, 1.0, 0.7, 1.0, 0.99, 0.9, 0.6, 1e-9, 0.95, 1, 1, 1, 0.5, 1])
+    top_p = torch.tensor(
+        [1.0, 1.0, 0.5, 1.0, 0.7, 1.0, 0.99, 0.9, 0.6, 1e-9, 0.95, 1, 1, 1, 0.5, 1]
+    )
     seed = torch.randint(-(2**62), 2**62, (rows,))
     position = torch.randint(0, 2**40, (rows,))
     options = [x.to(DEVICE) for x in (temperature, top_k, top_p, seed, position)]

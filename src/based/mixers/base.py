@@ -92,9 +92,7 @@ class Mixer(nn.Module, ABC):
         """One state with the rows of all; overridden where rows can differ in size."""
         return State.concatenate(states)
 
-    def layout_spec(
-        self, length: int, dtype: torch.dtype, layout: Layout
-    ) -> dict[str, TensorSpec]:
+    def layout_spec(self, length: int, dtype: torch.dtype, layout: Layout) -> dict[str, TensorSpec]:
         """`state_spec` in a layout; overridden where a layout means something."""
         return self.state_spec(length, dtype)
 
@@ -102,9 +100,7 @@ class Mixer(nn.Module, ABC):
         """Gives the tensors of `state_spec` their canonical values, in place, in any layout."""
         return
 
-    def init_state(
-        self, batch_size: int, length: int = 0, layout: Layout = CANONICAL
-    ) -> State:
+    def init_state(self, batch_size: int, length: int = 0, layout: Layout = CANONICAL) -> State:
         """The state before the first token, with room for `length` tokens where it grows."""
         like = next(self.parameters())
         return State(

@@ -4,12 +4,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from based.mixers.base import Mixer, TensorSpec, at_least_one, split_heads
+from based.mixers.base import Layout, Mixer, TensorSpec, at_least_one, split_heads
 from based.mixers.state import State
 from based.ops.taylor_linear_attention import (
+    fold_recent,
     num_features,
     state_dtype,
     taylor_linear_attention,
+    taylor_linear_attention_deferred_step,
     taylor_linear_attention_step,
 )
 
@@ -61,9 +63,7 @@ class TaylorLinearAttention(Mixer):
         after = None if state is None else State(numerator=numerator, denominator=denominator)
         return self.out_proj(out.flatten(-2)), after
 
-    def layout_spec(
-        self, length: int, dtype: torch.dtype, layout: Layout
-    ) -> dict[str, TensorSpec]:
+    def layout_spec(self, length: int, dtype: torch.dtype, layout: Layout) -> dict[str, TensorSpec]:
         spec = self.state_spec(length, dtype)
         if layout.accumulator is not None:
             spec["numerator"] = TensorSpec(spec["numerator"].shape, layout.accumulator)

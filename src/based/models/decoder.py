@@ -198,9 +198,7 @@ class Decoder(nn.Module):
         self, batch_size: int, length: int = 0, layout: Layout = CANONICAL
     ) -> DecoderState:
         """The state before the first token; `length` reserves room in states that grow."""
-        return DecoderState(
-            mixer.init_state(batch_size, length, layout) for mixer in self.mixers()
-        )
+        return DecoderState(mixer.init_state(batch_size, length, layout) for mixer in self.mixers())
 
     def state_bytes(self, length: int, dtype: torch.dtype | None = None) -> int:
         """Bytes that one sequence's state occupies after `length` tokens."""

@@ -124,9 +124,7 @@ def _attention_step_kernel(
 
 @triton.jit
 @no_type_check
-def _join_kernel(
-    parts_ptr, out_ptr, D: tl.constexpr, SPLITS: tl.constexpr, BLOCK_D: tl.constexpr
-):
+def _join_kernel(parts_ptr, out_ptr, D: tl.constexpr, SPLITS: tl.constexpr, BLOCK_D: tl.constexpr):
     pair = tl.program_id(0).to(tl.int64)
     lane, part = tl.arange(0, BLOCK_D), tl.arange(0, SPLITS)
     parts = parts_ptr + (pair * SPLITS + part) * (BLOCK_D + 2)

@@ -11,19 +11,23 @@ QUERIES = 1024
 
 def softmax_attention(
     q: Float[Tensor, "B T H D"],
-    k: Float[Tensor, "B S H D"],
-    v: Float[Tensor, "B S H D"],
+    k: Float[Tensor, "B S G D"],
+    v: Float[Tensor, "B S G D"],
     past: Int[Tensor, " B"] | None = None,
 ) -> Float[Tensor, "B T H D"]:
-    """Causal attention, as `reference.py` defines it; without `past` row 0 of q meets key 0."""
+    """Causal attention, as `reference.py` defines it; without `past` row 0 of q meets key 0.
+
+    H is a multiple of G: equal groups of query heads share a head of keys and values.
+    """
+    shared = {"enable_gqa": q.shape[2] != k.shape[2]}
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if past is None:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, **shared).transpose(1, 2)
     key = torch.arange(k.shape[2], device=q.device)
     outs = []
     for first in range(0, q.shape[2], QUERIES):
         part = q[:, :, first : first + QUERIES]
         query = past[:, None] + first + torch.arange(part.shape[2], device=q.device)
         visible = (key <= query[..., None])[:, None]
-        outs.append(F.scaled_dot_product_attention(part, k, v, attn_mask=visible))
+        outs.append(F.scaled_dot_product_attention(part, k, v, attn_mask=visible, **shared))
     return torch.cat(outs, dim=2).transpose(1, 2)

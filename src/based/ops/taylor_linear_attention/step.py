@@ -58,9 +58,7 @@ def taylor_linear_attention_deferred_step(
     if use_kernels(q):
         from based.ops.taylor_linear_attention.decode import taylor_step_kernel
 
-        out = taylor_step_kernel(
-            q, k, v, numerator, denominator, recent_keys, recent_values, seen
-        )
+        out = taylor_step_kernel(q, k, v, numerator, denominator, recent_keys, recent_values, seen)
         seen += 1
         return out
     dtype, R = state_dtype(numerator.dtype), recent_keys.shape[1]

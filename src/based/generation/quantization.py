@@ -1,0 +1,36 @@
+"""Weight-only quantisation of the projections, through torchao (the extra `quantize`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from based.errors import BasedError
+from based.models import Decoder, DecoderState
+
+Precision = Literal["int8", "float8"]
+
+
+def quantize_weights(model: Decoder, precision: Precision) -> Callable[..., Tensor]:
+    """Replaces the linear layers' weights, in place, and returns the model's step, compiled.
+
+    The embedding, which is the head too, keeps its precision. Compiled, because a
+    weight is unpacked inside of its product's kernel only then.
+    """
+    try:
+        from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
+    except ImportError as error:
+        raise BasedError("quantised weights need torchao: pip install 'based[quantize]'") from error
+    kind = {"int8": Int8WeightOnlyConfig, "float8": Float8WeightOnlyConfig}[precision]
+    quantize_(model.blocks, kind(), lambda module, name: isinstance(module, nn.Linear))
+    return torch.compile(model.step)
+
+
+def decode_step(
+    model: Decoder, precision: Precision | None
+) -> Callable[[Tensor, DecoderState], Tensor]:
+    """The model's step, with quantised weights if a precision is given."""
+    return model.step if precision is None else quantize_weights(model, precision)

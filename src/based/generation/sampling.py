@@ -47,7 +47,7 @@ def sampling_rows(
     vocab_size: int,
     device: torch.device,
 ) -> SamplingRows:
-    """The options of several requests, one row each; row i draws number positions[i] of its seed."""
+    """The options of several requests, a row each; row i is at draw positions[i] of its seed."""
     # Seeds are taken modulo 2^64, as a signed integer stores them.
     seeds = [(s.seed + 2**63) % 2**64 - 2**63 for s in samplings]
     columns = (

@@ -61,8 +61,9 @@ class SlidingWindowAttention(Mixer):
         return self.out_proj(out.flatten(-2)), None
 
     def step(self, x: Float[Tensor, "B C"], state: State) -> Float[Tensor, "B C"]:
+        q, k, v = self._heads(x)
         cache = state["keys"], state["values"], state["length"]
-        out = attention_step(*self._heads(x), *cache, frequencies_on(x.device, self.head_dim))
+        out = attention_step(q, k, v, *cache, frequencies_on(x.device, self.head_dim))
         return self.out_proj(out.flatten(-2))
 
     def _heads(self, x: Float[Tensor, "... C"]) -> tuple[Tensor, ...]:

@@ -74,8 +74,9 @@ class SoftmaxAttention(Mixer):
             state.room = state["keys"].shape[1] - longest
         state.room -= 1
         frequencies = frequencies_on(x.device, self.head_dim, self.rotary_fraction)
+        q, k, v = self._heads(x)
         cache = state["keys"], state["values"], state["length"]
-        out = attention_step(*self._heads(x), *cache, frequencies)
+        out = attention_step(q, k, v, *cache, frequencies)
         return self.out_proj(out.flatten(-2))
 
     def join_states(self, states: Sequence[State]) -> State:

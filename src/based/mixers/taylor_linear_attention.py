@@ -76,16 +76,17 @@ class TaylorLinearAttention(Mixer):
 
     def settle(self, state: State) -> None:
         if "seen" in state:
-            held = state["seen"] % state["recent_keys"].shape[1]
-            names = ("numerator", "denominator", "recent_keys", "recent_values")
-            fold_recent(*(state[name] for name in names), held)
+            keys, values = state["recent_keys"], state["recent_values"]
+            held = state["seen"] % keys.shape[1]
+            fold_recent(state["numerator"], state["denominator"], keys, values, held)
             state["seen"].zero_()
 
     def step(self, x: Float[Tensor, "B C"], state: State) -> Float[Tensor, "B C"]:
-        step = taylor_linear_attention_step
+        q, k, v = self._project(x)
         if "seen" in state:
-            step = taylor_linear_attention_deferred_step
-        out = step(*self._project(x), **state)
+            out = taylor_linear_attention_deferred_step(q, k, v, **state)
+        else:
+            out = taylor_linear_attention_step(q, k, v, **state)
         return self.out_proj(out.flatten(-2))
 
     def _project(self, x: Float[Tensor, "... C"]) -> tuple[Tensor, Tensor, Tensor]:

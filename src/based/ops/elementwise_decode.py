@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 BLOCK = 1024
+NORM, SWIGLU = {"num_warps": 8}, {"BLOCK_C": BLOCK, "num_warps": 4}
 
 
 @triton.jit
@@ -56,7 +57,7 @@ def add_rms_norm_kernel(
         eps,
         ADD=branch is not None,
         BLOCK_C=triton.next_power_of_2(channels),
-        num_warps=8,
+        **NORM,
     )
     return total, normed
 
@@ -77,7 +78,5 @@ def swiglu_kernel(x: Float[Tensor, "B CC"]) -> Float[Tensor, "B C"]:
     """As `swiglu`; x contiguous."""
     rows, channels = x.shape[0], x.shape[1] // 2
     out = torch.empty((rows, channels), dtype=x.dtype, device=x.device)
-    _swiglu_kernel[(rows, triton.cdiv(channels, BLOCK))](
-        x, out, channels, BLOCK_C=BLOCK, num_warps=4
-    )
+    _swiglu_kernel[(rows, triton.cdiv(channels, BLOCK))](x, out, channels, **SWIGLU)
     return out

@@ -1,5 +1,6 @@
 """When the Triton kernels are used."""
 
+import os
 from functools import lru_cache
 from importlib.util import find_spec
 
@@ -12,6 +13,12 @@ def triton_installed() -> bool:
     return find_spec("triton") is not None
 
 
+@lru_cache
+def interpreting() -> bool:
+    """Whether Triton was told to run kernels on the CPU, step by step: for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def use_kernels(x: Tensor) -> bool:
     """Whether an operator on `x` runs as a Triton kernel: on a GPU, in up to float32."""
-    return x.is_cuda and x.element_size() <= 4 and triton_installed()
+    return (x.is_cuda or interpreting()) and x.element_size() <= 4 and triton_installed()

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 BLOCK = 1024
+LAUNCH = {"BLOCK_C": BLOCK, "num_warps": 4}
 
 
 @triton.jit
@@ -69,7 +70,6 @@ def convolution_step_kernel(
         gate.stride(0),
         channels,
         WIDTH=weight.shape[1],
-        BLOCK_C=BLOCK,
-        num_warps=4,
+        **LAUNCH,
     )
     return out

@@ -14,7 +14,8 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-BLOCK = 32
+TILE = {"BLOCK_S": 32, "num_warps": 4}
+JOIN = {"num_warps": 4}
 # Below any score, and finite, so that what has seen no slot weighs nothing.
 LOWEST = tl.constexpr(-1e30)
 # Programs wanted at least, and slots that a program should not go below.
@@ -151,9 +152,10 @@ def attention_step_kernel(
     """
     (B, H, D), (S, G), R = q.shape, keys.shape[1:3], frequencies.shape[0]
     out = torch.empty((B, H, D), dtype=v.dtype, device=v.device)
-    block_d, splits = triton.next_power_of_2(D), split_count(B * H, S)
-    shape = (B, H, splits, block_d + 2) if splits > 1 else (1,)
-    parts = torch.empty(shape, dtype=torch.float32, device=q.device)
+    block_d, splits = 1 << (D - 1).bit_length(), split_count(B * H, S)
+    parts = torch.empty(
+        B * H * splits * (block_d + 2) if splits > 1 else 1, dtype=torch.float32, device=q.device
+    )
     _attention_step_kernel[(B, H, splits)](
         q,
         k,
@@ -174,16 +176,15 @@ def attention_step_kernel(
         D=D,
         R=R,
         SPLITS=splits,
-        BLOCK_S=BLOCK,
         BLOCK_D=block_d,
-        num_warps=4,
+        **TILE,
     )
     if splits > 1:
-        _join_kernel[(B * H,)](parts, out, D=D, SPLITS=splits, BLOCK_D=block_d, num_warps=4)
+        _join_kernel[(B * H,)](parts, out, D=D, SPLITS=splits, BLOCK_D=block_d, **JOIN)
     return out
 
 
 def split_count(pairs: int, slots: int) -> int:
     """Parts (a power of two) in which each of `pairs` rows and heads reads its slots."""
-    wanted = min(triton.cdiv(PROGRAMS, pairs), slots // SMALLEST)
-    return max(1, 2 ** (wanted.bit_length() - 1)) if wanted > 0 else 1
+    wanted = max(1, min(-(-PROGRAMS // pairs), slots // SMALLEST))
+    return 2 ** (wanted.bit_length() - 1)

@@ -19,15 +19,19 @@ def softmax_attention(
 
     H is a multiple of G: equal groups of query heads share a head of keys and values.
     """
-    shared = {"enable_gqa": q.shape[2] != k.shape[2]}
+    shared = q.shape[2] != k.shape[2]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if past is None:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, **shared).transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=shared).transpose(
+            1, 2
+        )
     key = torch.arange(k.shape[2], device=q.device)
     outs = []
     for first in range(0, q.shape[2], QUERIES):
         part = q[:, :, first : first + QUERIES]
         query = past[:, None] + first + torch.arange(part.shape[2], device=q.device)
         visible = (key <= query[..., None])[:, None]
-        outs.append(F.scaled_dot_product_attention(part, k, v, attn_mask=visible, **shared))
+        outs.append(
+            F.scaled_dot_product_attention(part, k, v, attn_mask=visible, enable_gqa=shared)
+        )
     return torch.cat(outs, dim=2).transpose(1, 2)

@@ -16,9 +16,9 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-# Rows of the state in registers at a time, and warps, by how many programs there are.
-TILES = {"few": (32, 8), "many": (16, 4)}
-MANY = 512
+# Rows of the state in registers at a time, and warps, where there are few and many programs.
+FEW, MANY = {"BLOCK_F": 32, "num_warps": 8}, {"BLOCK_F": 16, "num_warps": 4}
+PROGRAMS = 512
 
 
 @triton.jit
@@ -148,7 +148,6 @@ def taylor_step_kernel(
     """
     (B, H, K), V, F = q.shape, v.shape[2], numerator.shape[2]
     out = torch.empty((B, H, V), dtype=v.dtype, device=v.device)
-    block_f, warps = TILES["many" if B * H >= MANY else "few"]
     _taylor_step_kernel[(B, H)](
         q,
         k,
@@ -169,9 +168,8 @@ def taylor_step_kernel(
         V=V,
         F=F,
         RING=0 if recent_keys is None else recent_keys.shape[1],
-        BLOCK_F=block_f,
         BLOCK_K=triton.next_power_of_2(K),
         BLOCK_V=triton.next_power_of_2(V),
-        num_warps=warps,
+        **(MANY if B * H >= PROGRAMS else FEW),
     )
     return out

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 BLOCK = 4096
+LAUNCH = {"num_warps": 8}
 
 
 @triton.jit
@@ -177,6 +178,6 @@ def sample_tokens_kernel(
         vocab,
         logits.stride(0),
         BLOCK=block,
-        num_warps=8,
+        **LAUNCH,
     )
     return tokens, logprobs

@@ -1,6 +1,7 @@
 """The engine: every request comes out as if it were alone, whatever happens around it."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -229,9 +230,7 @@ def test_first_come_first_served_and_prompts_take_a_bounded_share(monkeypatch) -
     step, read = engine._launch, engine._read_on
     monkeypatch.setattr(engine, "_launch", lambda: (events.append("decode"), step()))
     monkeypatch.setattr(engine, "_read_on", lambda: (events.append("read"), read()))
-    requests = [
-        engine.submit(prompt(40, i), replace(SAMPLED, max_new_tokens=30)) for i in range(7)
-    ]
+    requests = [engine.submit(prompt(40, i), replace(SAMPLED, max_new_tokens=30)) for i in range(7)]
     finished = []
     while engine.busy:
         engine.step()
@@ -241,7 +240,7 @@ def test_first_come_first_served_and_prompts_take_a_bounded_share(monkeypatch) -
     reads = [i for i, event in enumerate(events) if event == "read" and i > first]
     assert len(reads) > 10
     # Between two reads three decode steps, unless nothing was decoding.
-    assert all(b - a == 4 for a, b in zip(reads, reads[1:], strict=False))
+    assert all(b - a == 4 for a, b in pairwise(reads))
 
 
 def test_a_request_is_known_one_step_after_it_was_drawn() -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from based.mixers import MIXERS, Mixer, State, build_mixer
+from based.mixers import MIXERS, Layout, Mixer, State, build_mixer
 from based.mixers.packing import Packing
 
 SIZE, BATCH, LENGTH = 24, 2, 45
@@ -223,6 +223,22 @@ def test_measured_state_bytes_are_the_declared_ones(name, options, dtype) -> Non
         assert state.nbytes == BATCH * mixer.state_bytes(length + 1, dtype)
         declared.append(mixer.state_bytes(length, dtype))
     assert (len(set(declared)) == 1) == mixer.fixed_state
+
+
+@every_mixer
+def test_layouts_store_the_same_state(name, options) -> None:
+    """Rows begin a step apart, so that whatever a layout defers falls due at different times."""
+    mixer, x = make(name, options), inputs(length=11)
+    want, state = mixer.init_state(BATCH, 16), mixer.init_state(BATCH, 16, Layout(recent=4))
+    for t in range(11):
+        rows = 1 if t == 0 else BATCH
+        expected, got = (
+            by_steps(mixer, x[:rows, t : t + 1], stored.narrow(0, rows)) for stored in (want, state)
+        )
+        assert_same(got, expected)
+        settled = state.clone()
+        mixer.settle(settled)
+        assert_same_state(State({key: settled[key] for key in want}), want)
 
 
 @every_mixer

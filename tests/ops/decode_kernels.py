@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from based.generation import Engine, EngineConfig, Sampling
+from based.models import Decoder, DecoderConfig
 from based.ops import elementwise, elementwise_decode
 from based.ops.gated_short_convolution.decode import convolution_step_kernel
 from based.ops.gated_short_convolution.reference import gated_short_convolution_reference
@@ -205,3 +207,35 @@ def test_sampling_draws_the_reference_s_tokens(dtype: torch.dtype) -> None:
     assert got.tolist() == want.tolist()
     assert logprobs.isnan().tolist() == [row in (2, 3, 5) for row in range(rows)]
     torch.testing.assert_close(logprobs, want_logprobs, equal_nan=True)
+
+
+def test_the_engine_on_kernels_draws_what_the_reference_draws() -> None:
+    """The whole path, dispatch included; the start-up check runs on the kernels too."""
+    linear, window = "taylor_linear_attention", "sliding_window_attention"
+    config = DecoderConfig(
+        vocab_size=60,
+        hidden_size=16,
+        intermediate_size=24,
+        mixers=("gated_convolution", linear, window, "softmax_attention"),
+        mixer_options={
+            linear: {"num_heads": 1, "feature_dim": 4},
+            window: {"num_heads": 1, "window": 3},
+            "softmax_attention": {"num_heads": 2, "num_kv_heads": 1},
+        },
+        initializer_range=0.5,
+    )
+    model = Decoder(config).to(DEVICE)
+    greedy = Sampling(temperature=0.0, max_new_tokens=6)
+    sampled = Sampling(temperature=1.2, top_k=20, max_new_tokens=3, seed=3)
+
+    def tokens() -> list[list[int]]:
+        engine = Engine(model, EngineConfig(slots=2, max_length=64, recent=3))
+        requests = [engine.submit([1, 2, 3], sampled), engine.submit([4], greedy)]
+        while engine.busy:
+            engine.step()
+        return [request.tokens for request in requests]
+
+    got = tokens()
+    # float64 has no kernels.
+    model.double()
+    assert tokens() == got

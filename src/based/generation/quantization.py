@@ -14,11 +14,11 @@ from based.models import Decoder, DecoderState
 Precision = Literal["int8", "float8"]
 
 
-def quantize_weights(model: Decoder, precision: Precision) -> Callable[..., Tensor]:
-    """Replaces the linear layers' weights, in place, and returns the model's step, compiled.
+def quantize_weights(model: Decoder, precision: Precision) -> None:
+    """Replaces the linear layers' weights by 8-bit ones with a scale a row, in place.
 
-    The embedding, which is the head too, keeps its precision. Compiled, because a
-    weight is unpacked inside of its product's kernel only then.
+    The embedding, which is the head too, keeps its precision. Raises `BasedError`
+    without torchao.
     """
     try:
         from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
@@ -26,11 +26,16 @@ def quantize_weights(model: Decoder, precision: Precision) -> Callable[..., Tens
         raise BasedError("quantised weights need torchao: pip install 'based[quantize]'") from error
     kind = {"int8": Int8WeightOnlyConfig, "float8": Float8WeightOnlyConfig}[precision]
     quantize_(model.blocks, kind(), lambda module, name: isinstance(module, nn.Linear))
-    return torch.compile(model.step)
 
 
 def decode_step(
     model: Decoder, precision: Precision | None
 ) -> Callable[[Tensor, DecoderState], Tensor]:
-    """The model's step, with quantised weights if a precision is given."""
-    return model.step if precision is None else quantize_weights(model, precision)
+    """The model's step, or a compiled one with quantised weights if a precision is given.
+
+    Only compiled is a weight unpacked inside of the kernel of its product.
+    """
+    if precision is None:
+        return model.step
+    quantize_weights(model, precision)
+    return torch.compile(model.step, dynamic=True)

@@ -71,9 +71,10 @@ class DecodeStep:
         memory = None
         side = torch.cuda.Stream()
         for size in reversed(self.sizes):
-            # Once outside of the graph: compiles kernels, fills caches.
+            # Outside of the graph first: compiles kernels, fills caches, compiles with those.
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
+                self._run(size)
                 self._run(size)
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()

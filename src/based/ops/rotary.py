@@ -4,11 +4,12 @@ Angles are computed in float64: in float32 a position of a million would already
 turn the fastest pair by a wrong 0.03 radians.
 """
 
-from functools import lru_cache
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+# A plain dictionary, because torch.compile reads one, and calls an lru_cache anew.
+_FREQUENCIES: dict[tuple[str, int, float], Tensor] = {}
 
 
 def inverse_frequencies(
@@ -24,14 +25,16 @@ def inverse_frequencies(
     return base ** (-torch.arange(0, width, 2, dtype=torch.float64) / max(width, 1))
 
 
-@lru_cache(maxsize=32)
 def frequencies_on(
     device: torch.device, head_dim: int, fraction: float = 1.0
 ) -> Float[Tensor, " R"]:
     """`inverse_frequencies` on a device, made once: a copy there would wait for it."""
-    # Kept for training too, so never an inference tensor.
-    with torch.inference_mode(False):
-        return inverse_frequencies(head_dim, fraction).to(device)
+    key = (str(device), head_dim, fraction)
+    if key not in _FREQUENCIES:
+        # Kept for training too, so never an inference tensor.
+        with torch.inference_mode(False):
+            _FREQUENCIES[key] = inverse_frequencies(head_dim, fraction).to(device)
+    return _FREQUENCIES[key]
 
 
 def rotate(

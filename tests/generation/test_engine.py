@@ -10,7 +10,6 @@ from based.data import train_tokenizer
 from based.errors import BasedError
 from based.generation import Engine, EngineConfig, Sampling, generate, stream
 from based.generation.pool import StatePool, slot_bytes
-from based.mixers import Layout
 from based.models import Decoder, preset
 
 VOCABULARY = 60
@@ -201,24 +200,11 @@ def test_a_snapshot_is_the_canonical_state() -> None:
     assert request.tokens == alone(model, prompt(5), SAMPLED, config()).tokens
 
 
-def test_a_bfloat16_state_is_near_and_half_as_large() -> None:
-    model = make()
-    narrow, wide = Layout(16, torch.bfloat16), Layout(16)
-    assert slot_bytes(model, 0, narrow) < 0.7 * slot_bytes(model, 0, wide)
-    settings = config(recent=16)
-    want = alone(model, prompt(9), replace(SAMPLED, temperature=0.0), settings)
-    got = alone(
-        model, prompt(9), replace(SAMPLED, temperature=0.0), replace(settings, bfloat16_state=True)
-    )
-    assert got.logprobs[:3] == pytest.approx(want.logprobs[:3], abs=0.05)
-    assert got.logprobs != want.logprobs
-
-
 def test_the_pool_is_one_state_of_fixed_size(model) -> None:
     engine = Engine(model, config(recent=4))
     size = engine.pool.state.nbytes
     addresses = [t.data_ptr() for layer in engine.pool.state for t in layer.values()]
-    assert size == 4 * slot_bytes(model, 256, Layout(4))
+    assert size == 4 * slot_bytes(model, 256, 4)
     run(engine, *(engine.submit(prompt(30, i), SAMPLED) for i in range(9)))
     assert engine.pool.state.nbytes == size
     assert addresses == [t.data_ptr() for layer in engine.pool.state for t in layer.values()]
@@ -297,7 +283,7 @@ def test_a_wrong_decode_step_is_refused_at_the_start(monkeypatch) -> None:
 
 def test_rows_leave_and_enter_a_pool_whole() -> None:
     model = make()
-    pool = StatePool(model, 3, 0, Layout(4))
+    pool = StatePool(model, 3, 0, 4)
     with torch.no_grad():
         _, state = model(torch.tensor([prompt(9), prompt(9, 1)]), model.init_state(2))
     assert [pool.acquire(), pool.acquire()] == [0, 1]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from based.mixers import MIXERS, Layout, Mixer, State, build_mixer
+from based.mixers import MIXERS, Mixer, State, build_mixer
 from based.mixers.packing import Packing
 
 SIZE, BATCH, LENGTH = 24, 2, 45
@@ -226,10 +226,10 @@ def test_measured_state_bytes_are_the_declared_ones(name, options, dtype) -> Non
 
 
 @every_mixer
-def test_layouts_store_the_same_state(name, options) -> None:
-    """Rows begin a step apart, so that whatever a layout defers falls due at different times."""
+def test_deferred_updates_make_the_same_state(name, options) -> None:
+    """Rows begin a step apart, so that what is deferred falls due at different times."""
     mixer, x = make(name, options), inputs(length=11)
-    want, state = mixer.init_state(BATCH, 16), mixer.init_state(BATCH, 16, Layout(recent=4))
+    want, state = mixer.init_state(BATCH, 16), mixer.init_state(BATCH, 16, recent=4)
     for t in range(11):
         rows = 1 if t == 0 else BATCH
         expected, got = (

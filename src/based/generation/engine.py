@@ -24,7 +24,6 @@ from based.generation.sampling import Sampling, sampling_rows, to_device
 from based.generation.scheduler import Scheduler
 from based.generation.step import DecodeStep, Report, batch_sizes, packed
 from based.generation.text import TextStream
-from based.mixers import Layout
 from based.mixers.base import at_least_one
 from based.models import Decoder, DecoderState
 from based.ops.token_sampling import SamplingRows, sample_tokens
@@ -50,19 +49,10 @@ class EngineConfig:
     """One step shape and prompts read alone: tokens never depend on what else runs."""
     recent: int | None = None
     """Tokens that linear attention keeps before its state takes them up; None: 16 on a GPU."""
-    bfloat16_state: bool = False
-    """Store linear attention's numerators in bfloat16; the arithmetic stays float32."""
     quantize: Precision | None = None
     """Weight-only quantisation of the projections, for small batches."""
     memory_share: float = 0.9
     """Share of a GPU's free memory that slots may take when their number is left open."""
-
-    def layout(self, device: torch.device) -> Layout:
-        """How the pool stores states."""
-        recent = self.recent
-        if recent is None:
-            recent = 16 if device.type == "cuda" else 0
-        return Layout(recent, torch.bfloat16 if self.bfloat16_state else None)
 
 
 class Engine:
@@ -85,13 +75,15 @@ class Engine:
         self.model, self._tokenizer = model, tokenizer
         self._eos_id = tokenizer.eos_id if tokenizer is not None else eos_id
         cuda = model.device.type == "cuda"
-        layout = self.config.layout(model.device)
-        slots = self._slots(layout)
+        recent = self.config.recent
+        if recent is None:
+            recent = 16 if cuda else 0
+        slots = self._slots(recent)
         self._one_shape = self.config.deterministic or not cuda
         if not cuda:
             # Shapes at which the CPU's matrix products treat all rows alike.
             slots = 1 << (slots - 1).bit_length() if slots <= 8 else -(-slots // 8) * 8
-        self.pool = StatePool(model, slots, self.config.max_length, layout)
+        self.pool = StatePool(model, slots, self.config.max_length, recent)
         sizes = [slots] if self._one_shape else batch_sizes(slots)
         step = decode_step(model, self.config.quantize)
         self._decode = DecodeStep(model, self.pool.state, sizes, step, graphs=cuda)
@@ -110,7 +102,7 @@ class Engine:
         self._reading: tuple[int, Generation] | None = None
         self._reports: list[Report] = []
 
-    def _slots(self, layout: Layout) -> int:
+    def _slots(self, recent: int) -> int:
         """The number asked for, or as many as the device has memory for."""
         device, slots = self.model.device, self.config.slots
         if slots is not None:
@@ -119,7 +111,7 @@ class Engine:
         if device.type != "cuda":
             return 8
         free, _ = torch.cuda.mem_get_info(device)
-        size = slot_bytes(self.model, self.config.max_length, layout)
+        size = slot_bytes(self.model, self.config.max_length, recent)
         fitting = int(self.config.memory_share * free / size)
         if fitting < 1:
             raise BasedError(

@@ -13,19 +13,19 @@ import math
 import torch
 
 from based.errors import BasedError
-from based.mixers import CANONICAL, Layout, State
+from based.mixers import State
 from based.models import Decoder, DecoderState
 
 
 class StatePool:
     """`slots` rows of the model's state, each with room for `length` tokens where states grow."""
 
-    def __init__(self, model: Decoder, slots: int, length: int, layout: Layout = CANONICAL) -> None:
+    def __init__(self, model: Decoder, slots: int, length: int, recent: int = 0) -> None:
         self.slots, self._model, self._length = slots, model, length
         try:
-            self.state = model.init_state(slots, length, layout)
+            self.state = model.init_state(slots, length, recent)
         except (torch.OutOfMemoryError, RuntimeError) as error:
-            needed = slots * slot_bytes(model, length, layout)
+            needed = slots * slot_bytes(model, length, recent)
             raise BasedError(
                 f"{slots} slots need {needed / 1e9:.1f} GB of memory for their states; "
                 f"ask for fewer slots ({str(error).splitlines()[0]})"
@@ -78,8 +78,7 @@ class StatePool:
         for mixer, layer in zip(self._model.mixers(), stored, strict=True):
             mixer.settle(layer)
             spec = mixer.state_spec(self._length, self._model.dtype)
-            dtypes = {name: s.dtype or layer[name].dtype for name, s in spec.items()}
-            settled.append(State({name: layer[name].to(dtypes[name]) for name in spec}))
+            settled.append(State({name: layer[name] for name in spec}))
         return DecoderState(settled)
 
     def wipe(self) -> None:
@@ -89,10 +88,10 @@ class StatePool:
                 tensor.zero_()
 
 
-def slot_bytes(model: Decoder, length: int, layout: Layout = CANONICAL) -> int:
+def slot_bytes(model: Decoder, length: int, recent: int = 0) -> int:
     """Bytes of one slot."""
     return sum(
         math.prod(spec.shape) * (spec.dtype or model.dtype).itemsize
         for mixer in model.mixers()
-        for spec in mixer.layout_spec(length, model.dtype, layout).values()
+        for spec in mixer.decode_spec(length, model.dtype, recent).values()
     )

@@ -23,22 +23,6 @@ class TensorSpec(NamedTuple):
     dtype: torch.dtype | None = None
 
 
-class Layout(NamedTuple):
-    """How states are stored between decode steps; the default is the canonical state.
-
-    A layout adds tensors to a state or narrows its accumulators, where a mixer
-    has a use for that; `Mixer.settle` brings such a state back to canonical values.
-    """
-
-    recent: int = 0
-    """Tokens that are kept as they are before an accumulator takes them up; 0 for none."""
-    accumulator: torch.dtype | None = None
-    """Storage dtype of large accumulators; None for their own."""
-
-
-CANONICAL = Layout()
-
-
 class Mixer(nn.Module, ABC):
     """Maps `[B, T, hidden_size]` to the same shape; output t depends on inputs 0 .. t.
 
@@ -92,23 +76,29 @@ class Mixer(nn.Module, ABC):
         """One state with the rows of all; overridden where rows can differ in size."""
         return State.concatenate(states)
 
-    def layout_spec(self, length: int, dtype: torch.dtype, layout: Layout) -> dict[str, TensorSpec]:
-        """`state_spec` in a layout; overridden where a layout means something."""
+    def decode_spec(self, length: int, dtype: torch.dtype, recent: int) -> dict[str, TensorSpec]:
+        """`state_spec`, and what `step` needs to defer updates by up to `recent` tokens.
+
+        Overridden where that makes decoding faster; `settle` then catches up.
+        """
         return self.state_spec(length, dtype)
 
     def settle(self, state: State) -> None:
-        """Gives the tensors of `state_spec` their canonical values, in place, in any layout."""
+        """Gives the tensors of `state_spec` their canonical values, in place."""
         return
 
-    def init_state(self, batch_size: int, length: int = 0, layout: Layout = CANONICAL) -> State:
-        """The state before the first token, with room for `length` tokens where it grows."""
+    def init_state(self, batch_size: int, length: int = 0, recent: int = 0) -> State:
+        """The state before the first token, with room for `length` tokens where it grows.
+
+        Its updates may lag by up to `recent` tokens: see `decode_spec`.
+        """
         like = next(self.parameters())
         return State(
             {
                 name: torch.zeros(
                     (batch_size, *spec.shape), dtype=spec.dtype or like.dtype, device=like.device
                 )
-                for name, spec in self.layout_spec(length, like.dtype, layout).items()
+                for name, spec in self.decode_spec(length, like.dtype, recent).items()
             }
         )
 

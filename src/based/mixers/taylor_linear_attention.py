@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from based.mixers.base import Layout, Mixer, TensorSpec, at_least_one, split_heads
+from based.mixers.base import Mixer, TensorSpec, at_least_one, split_heads
 from based.mixers.state import State
 from based.ops.taylor_linear_attention import (
     fold_recent,
@@ -63,12 +63,10 @@ class TaylorLinearAttention(Mixer):
         after = None if state is None else State(numerator=numerator, denominator=denominator)
         return self.out_proj(out.flatten(-2)), after
 
-    def layout_spec(self, length: int, dtype: torch.dtype, layout: Layout) -> dict[str, TensorSpec]:
+    def decode_spec(self, length: int, dtype: torch.dtype, recent: int) -> dict[str, TensorSpec]:
         spec = self.state_spec(length, dtype)
-        if layout.accumulator is not None:
-            spec["numerator"] = TensorSpec(spec["numerator"].shape, layout.accumulator)
-        if layout.recent:
-            ring = (layout.recent, self.num_heads)
+        if recent:
+            ring = (recent, self.num_heads)
             spec["recent_keys"] = TensorSpec((*ring, self.feature_dim))
             spec["recent_values"] = TensorSpec((*ring, self.head_dim))
             spec["seen"] = TensorSpec((), torch.long)

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from based.mixers import CANONICAL, Layout, Mixer, State, build_mixer
+from based.mixers import Mixer, State, build_mixer
 from based.mixers.packing import Packing
 from based.models.config import DecoderConfig
 from based.ops.elementwise import add_rms_norm, swiglu
@@ -194,11 +194,9 @@ class Decoder(nn.Module):
             x, branch = block.step(x, branch, layer_state)
         return self.logits(self.norm.add(x, branch)[1])
 
-    def init_state(
-        self, batch_size: int, length: int = 0, layout: Layout = CANONICAL
-    ) -> DecoderState:
-        """The state before the first token; `length` reserves room in states that grow."""
-        return DecoderState(mixer.init_state(batch_size, length, layout) for mixer in self.mixers())
+    def init_state(self, batch_size: int, length: int = 0, recent: int = 0) -> DecoderState:
+        """The state before the first token; see `Mixer.init_state`."""
+        return DecoderState(mixer.init_state(batch_size, length, recent) for mixer in self.mixers())
 
     def state_bytes(self, length: int, dtype: torch.dtype | None = None) -> int:
         """Bytes that one sequence's state occupies after `length` tokens."""

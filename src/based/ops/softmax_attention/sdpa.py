@@ -40,10 +40,10 @@ def _causal_with_dropout(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Ten
 
 @lanes_as_rows
 def _attend(q: Tensor, k: Tensor, v: Tensor, past: Tensor | None, dropout: float) -> Tensor:
-    options = {"enable_gqa": q.shape[2] != k.shape[2]}
+    shared = q.shape[2] != k.shape[2]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if past is None:
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, **options)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=shared)
         return out.transpose(1, 2)
     key = torch.arange(k.shape[2], device=q.device)
     outs = []
@@ -53,7 +53,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, past: Tensor | None, dropout: float
         visible = (key <= query[..., None])[:, None]
         outs.append(
             F.scaled_dot_product_attention(
-                part, k, v, attn_mask=visible, dropout_p=dropout, **options
+                part, k, v, attn_mask=visible, dropout_p=dropout, enable_gqa=shared
             )
         )
     return torch.cat(outs, dim=2).transpose(1, 2)

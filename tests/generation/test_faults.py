@@ -217,8 +217,11 @@ def test_a_full_queue_refuses_and_recovers() -> None:
     requests = [engine.submit(prompt(3), SAMPLED) for _ in range(2)]
     with pytest.raises(BasedError, match="2 requests are waiting already"):
         engine.submit(prompt(3), SAMPLED)
+    engine.step()
+    requests.append(engine.submit(prompt(3), SAMPLED))
+    engine.preempt(requests[0])
     run(engine, *requests)
-    run(engine, engine.submit(prompt(3), SAMPLED))
+    assert {request.finish_reason for request in requests} == {"length"}
 
 
 def test_only_a_decoding_request_can_be_forked_or_kept() -> None:

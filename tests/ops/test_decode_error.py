@@ -13,10 +13,10 @@ def test_the_error_of_a_float32_state_does_not_grow(recent: int) -> None:
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("recent", [0, 16])
-def test_the_error_of_a_float32_state_over_a_million_tokens(recent: int) -> None:
-    errors = step_errors([1_000, 1_000_000], torch.float32, recent)
-    assert errors[1] < 2 * errors[0]
+def test_the_error_of_the_deferred_state_over_a_million_tokens() -> None:
+    errors = step_errors([1_000, 1_000_000], torch.float32, 16)
+    # A thousandth of what bfloat16 outputs resolve.
+    assert max(errors) < 5e-6
 
 
 def test_writing_a_bfloat16_state_every_token_loses_what_deferring_keeps() -> None:

@@ -1,7 +1,8 @@
 """Generation on the constant-size state: the engine, sampling, and one-call helpers."""
 
+from based.generation.config import EngineConfig
 from based.generation.decoding import generate, stream, stream_text
-from based.generation.engine import Engine, EngineConfig
+from based.generation.engine import Engine
 from based.generation.prefill import prefill
 from based.generation.request import Generation, Snapshot
 from based.generation.sampling import Sampling

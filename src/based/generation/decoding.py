@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from based.data.tokenizer import Tokenizer
-from based.generation.engine import Engine, EngineConfig
+from based.generation.config import EngineConfig
+from based.generation.engine import Engine
 from based.generation.sampling import Sampling
 from based.models import Decoder
 

@@ -9,50 +9,23 @@ what is drawn after a sequence's end is dropped.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from based.data.tokenizer import Tokenizer
 from based.errors import BasedError
-from based.generation.pool import StatePool, slot_bytes
+from based.generation.config import EngineConfig, slot_count
+from based.generation.pool import StatePool
 from based.generation.prefill import read_chunk, read_together
-from based.generation.quantization import Precision, decode_step
+from based.generation.quantization import decode_step
 from based.generation.request import Generation, Snapshot
 from based.generation.sampling import Sampling, sampling_rows, to_device
 from based.generation.scheduler import Scheduler
 from based.generation.step import DecodeStep, Report, batch_sizes, packed
 from based.generation.text import TextStream
-from based.mixers.base import at_least_one
 from based.models import Decoder, DecoderState
 from based.ops.token_sampling import SamplingRows, sample_tokens
-
-
-@dataclass(frozen=True)
-class EngineConfig:
-    """How an engine divides memory and time. None leaves a choice to the device."""
-
-    slots: int | None = None
-    """Sequences decoded at once; None: 8 on a CPU, on a GPU as many as memory holds (to 1024)."""
-    max_length: int = 4096
-    """Tokens of a sequence, prompt included, where states grow; others are not limited."""
-    prefill_chunk: int = 2048
-    """Prompt tokens read in one call."""
-    prefill_rows: int | None = None
-    """Prompts read in one call; None: 16 on a GPU. With 1, neighbours never touch a prompt."""
-    decode_per_prefill: int = 4
-    """Decode steps between two such calls, while sequences decode."""
-    max_waiting: int = 10_000
-    """Requests that may queue; further ones are refused."""
-    deterministic: bool = False
-    """One step shape and prompts read alone: tokens never depend on what else runs."""
-    recent: int | None = None
-    """Tokens that linear attention keeps before its state takes them up; None: 16 on a GPU."""
-    quantize: Precision | None = None
-    """Weight-only quantisation of the projections, for small batches."""
-    memory_share: float = 0.9
-    """Share of a GPU's free memory that slots may take when their number is left open."""
 
 
 class Engine:
@@ -75,15 +48,9 @@ class Engine:
         self.model, self._tokenizer = model, tokenizer
         self._eos_id = tokenizer.eos_id if tokenizer is not None else eos_id
         cuda = model.device.type == "cuda"
-        recent = self.config.recent
-        if recent is None:
-            recent = 16 if cuda else 0
-        slots = self._slots(recent)
+        slots = slot_count(model, self.config)
         self._one_shape = self.config.deterministic or not cuda
-        if not cuda:
-            # Shapes at which the CPU's matrix products treat all rows alike.
-            slots = 1 << (slots - 1).bit_length() if slots <= 8 else -(-slots // 8) * 8
-        self.pool = StatePool(model, slots, self.config.max_length, recent)
+        self.pool = StatePool(model, slots, self.config.max_length, self.config.recent)
         sizes = [slots] if self._one_shape else batch_sizes(slots)
         step = decode_step(model, self.config.quantize)
         self._decode = DecodeStep(model, self.pool.state, sizes, step, graphs=cuda)
@@ -101,24 +68,6 @@ class Engine:
         self._running: dict[int, Generation] = {}
         self._reading: tuple[int, Generation] | None = None
         self._reports: list[Report] = []
-
-    def _slots(self, recent: int) -> int:
-        """The number asked for, or as many as the device has memory for."""
-        device, slots = self.model.device, self.config.slots
-        if slots is not None:
-            at_least_one(slots=slots)
-            return slots
-        if device.type != "cuda":
-            return 8
-        free, _ = torch.cuda.mem_get_info(device)
-        size = slot_bytes(self.model, self.config.max_length, recent)
-        fitting = int(self.config.memory_share * free / size)
-        if fitting < 1:
-            raise BasedError(
-                f"a slot needs {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free; "
-                "lower max_length"
-            )
-        return min(fitting, 1024)
 
     def submit(
         self,
@@ -158,7 +107,7 @@ class Engine:
             parked = DecoderState(layer.to("cpu") for layer in self.pool.read(row))
             self._vacate(generation)
             generation.carry, generation.parked = parked, True
-            self._scheduler.add(generation)
+            self._scheduler.put_back(generation)
 
     def fork(self, generation: Generation, sampling: Sampling) -> Generation:
         """A new request that goes on from where a decoding one is, with options of its own."""

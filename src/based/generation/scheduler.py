@@ -34,6 +34,10 @@ class Scheduler:
             )
         self._waiting.append(generation)
 
+    def put_back(self, generation: Generation) -> None:
+        """To the back of the queue, though it be full: it was admitted before."""
+        self._waiting.append(generation)
+
     def remove(self, generation: Generation) -> None:
         """Out of the queue, if it is there."""
         if generation in self._waiting:

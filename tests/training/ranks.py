@@ -14,7 +14,9 @@ CONTEXT = get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch", "based.training.trainer", "based.data.prepare"])
 
 
-def start(size: int, function: Callable[..., Any], *arguments: Any) -> tuple[list[BaseProcess], Any]:
+def start(
+    size: int, function: Callable[..., Any], *arguments: Any
+) -> tuple[list[BaseProcess], Any]:
     """The ranks' processes, running, and the queue of (rank, result, error)."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -29,7 +31,9 @@ def start(size: int, function: Callable[..., Any], *arguments: Any) -> tuple[lis
     return processes, results
 
 
-def run(size: int, function: Callable[..., Any], *arguments: Any, seconds: float = 100) -> list[Any]:
+def run(
+    size: int, function: Callable[..., Any], *arguments: Any, seconds: float = 100
+) -> list[Any]:
     """What the function returned on each rank; a rank's error fails the caller."""
     processes, results = start(size, function, *arguments)
     found: dict[int, Any] = {}

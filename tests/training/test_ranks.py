@@ -17,9 +17,9 @@ from test_training import CPU, Recorder, assert_bitwise, weights
 from based.cli import main
 from based.data.prepare import prepare
 from based.training import TrainConfig, Trainer
-from based.training.metrics import read_metrics
 from based.training.checkpoint import Checkpoints
 from based.training.learner import Learner
+from based.training.metrics import read_metrics
 from based.training.parallel import Ranks, join_job
 
 # What each number of ranks trains, and how it differs from the one rank it is held to.

@@ -201,7 +201,9 @@ def test_an_infinite_loss_stops_before_the_weights_are_touched(
 
     def poison(step) -> None:
         if step.step == 5:
-            monkeypatch.setattr(Learner, "_backward", lambda *args, **_: backward(*args, **_) * math.nan)
+            monkeypatch.setattr(
+                Learner, "_backward", lambda *args, **_: backward(*args, **_) * math.nan
+            )
 
     backward = Learner._backward
     with pytest.raises(BasedError, match=r"loss is nan .* at step 6.*checkpoint of step 4 is kept"):

@@ -1,6 +1,5 @@
 """Documents in a batch: where one ends and the next begins."""
 
-import torch
 from jaxtyping import Int
 from torch import Tensor
 from torch.nn import functional as F

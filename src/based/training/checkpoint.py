@@ -62,6 +62,7 @@ class Checkpoints:
             process_group=self.ranks.checkpoint_group,
             no_dist=self.ranks.size == 1,
         )
+        assert isinstance(written, Future)
         self._pending = self._publisher.submit(self._publish, step, folder, stack, written)
 
     def wait(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -50,7 +51,7 @@ class WandbLogger:
 
         kept = run / "wandb.id"
         if not kept.exists():
-            kept.write_text(wandb.util.generate_id())
+            kept.write_text(secrets.token_hex(8))
         self._run = wandb.init(
             id=kept.read_text(), name=run.name, dir=str(run), resume="allow", config=options
         )
@@ -78,5 +79,5 @@ def open_logger(name: LoggerName, run: Path, step: int, options: dict[str, Any])
         raise BasedError(f"{name} is not installed; `pip install 'based[{name}]'`") from None
 
 
-def _numbers(row: dict[str, Any]) -> dict[str, float]:
+def _numbers(row: dict[str, Any]) -> dict[str, float | int]:
     return {name: value for name, value in row.items() if name != "step"}

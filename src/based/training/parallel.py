@@ -75,8 +75,12 @@ class Ranks:
         if context_parallel > 1:
             mesh = self._mesh(self.data_ranks, context_parallel)
             self.context_group = mesh.get_group(1)
-        # Collectives of a checkpoint run beside those of the steps.
-        self.checkpoint_group = dist.new_group(backend="gloo") if self.size > 1 else None
+        self.checkpoint_group: dist.ProcessGroup | None = None
+        if self.size > 1:
+            # Collectives of a checkpoint run beside those of the steps.
+            group = dist.new_group(backend="gloo")
+            assert isinstance(group, dist.ProcessGroup)
+            self.checkpoint_group = group
 
     def sum(self, *values: torch.Tensor | float) -> list[float]:
         """Each value summed over all ranks."""
@@ -129,9 +133,7 @@ class Ranks:
         register_fsdp_forward_method(model, "loss")
 
     def _mesh(self, outer: int, inner: int) -> DeviceMesh:
-        return init_device_mesh(
-            self.device.type, (outer, inner), mesh_dim_names=("outer", "inner")
-        )
+        return init_device_mesh(self.device.type, (outer, inner), mesh_dim_names=("outer", "inner"))
 
 
 def _backend(device: torch.device) -> str:

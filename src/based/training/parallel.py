@@ -8,7 +8,7 @@ optimiser's state are sharded over all ranks (FSDP2).
 from __future__ import annotations
 
 import os
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -75,9 +75,12 @@ class Ranks:
         if context_parallel > 1:
             mesh = self._mesh(self.data_ranks, context_parallel)
             self.context_group = mesh.get_group(1)
-        # Collectives of a checkpoint run beside those of the steps.
-        group: Any = dist.new_group(backend="gloo") if self.size > 1 else None
-        self.checkpoint_group: dist.ProcessGroup | None = group
+        self.checkpoint_group: dist.ProcessGroup | None = None
+        if self.size > 1:
+            # Collectives of a checkpoint run beside those of the steps.
+            group = dist.new_group(backend="gloo")
+            assert isinstance(group, dist.ProcessGroup)
+            self.checkpoint_group = group
 
     def sum(self, *values: torch.Tensor | float) -> list[float]:
         """Each value summed over all ranks."""

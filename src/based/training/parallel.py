@@ -8,6 +8,7 @@ optimiser's state are sharded over all ranks (FSDP2).
 from __future__ import annotations
 
 import os
+import re
 from typing import TypeVar
 
 import torch
@@ -49,7 +50,9 @@ def lost_contact(error: BaseException) -> str | None:
     text = str(error)
     signs = ("gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe")
     known = isinstance(error, dist.DistError) or any(sign in text for sign in signs)
-    return text.splitlines()[0] if known and job_ranks() > 1 else None
+    # Without the library's own source line before, and its advice behind.
+    reason = re.sub(r"^\[\S*\] ", "", text.splitlines()[0] if text else "").split(". ")[0]
+    return reason if known and job_ranks() > 1 else None
 
 
 class Ranks:

@@ -15,9 +15,9 @@ from based.training.parallel import join_job
 
 
 def job(data: Path, run: Path) -> bool:
-    """Trains a little slowly: 600 steps, a checkpoint every second one."""
+    """Trains a little slowly: 2,000 steps, a checkpoint every second one."""
     join_job("cpu")
-    options = {"batch_size": 2, "length": 32, "warmup_steps": 3, "steps": 600}
+    options = {"batch_size": 2, "length": 32, "warmup_steps": 3, "steps": 2000}
     config = TrainConfig(data, evaluate_every=50, checkpoint_every=2, **options)
     return Trainer(config, run, Recorder(), CPU).train() is not None
 
@@ -32,11 +32,12 @@ def test_a_hundred_kills(tmp_path, size) -> None:
     os.environ["TORCH_CPP_LOG_LEVEL"] = "FATAL"
     while kills < 100:
         processes, _ = ranks.start(size, job, tmp_path / "data", killed)
-        time.sleep(chance.uniform(0.2, 2.5))
+        time.sleep(chance.uniform(0.1, 0.9))
         if all(not process.is_alive() for process in processes):
             break
         chance.choice(processes).kill()
         for process in processes:
+            process.terminate()  # as torchrun does
             process.join(30)
             assert not process.is_alive()
         kills += 1

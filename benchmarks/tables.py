@@ -59,11 +59,35 @@ def taylor_cpu() -> str:
     return markdown(headings, body) + "\n\n" + measured_on(rows[0])
 
 
+def kernels() -> str:
+    rows = [row for row in read_rows("kernels") if row["op"] == "taylor_linear_attention"]
+    names = ("based", "fla parallel", "fla fused_chunk", "FlashAttention-2", "cuDNN attention")
+    times: dict[tuple, dict[str, float]] = {}
+    for row in rows:
+        key = (row["batch"], row["tokens"], row["head_dim"], row["direction"])
+        times.setdefault(key, {"floor": row["floor_ms"]})[row["implementation"]] = row["ms"]
+    body = [
+        [
+            *(f"{size:,}" for size in key[:3]),
+            key[3],
+            *(f"{found[name]:.2f}" if name in found else "-" for name in names),
+            f"{found['floor']:.2f}",
+        ]
+        for key, found in times.items()
+    ]
+    headings = ["batch", "tokens", "head_dim", "direction", *names, "floor"]
+    return markdown(headings, body) + "\n\n" + measured_on(rows[0])
+
+
 def measured_on(row: dict) -> str:
     return f"{row['device']}, torch {row['torch']}, commit {row['commit']}, {row['date']}."
 
 
-TABLES: dict[str, Callable[[], str]] = {"decoding": decoding, "taylor_cpu": taylor_cpu}
+TABLES: dict[str, Callable[[], str]] = {
+    "decoding": decoding,
+    "taylor_cpu": taylor_cpu,
+    "kernels": kernels,
+}
 
 
 def fill(text: str) -> str:

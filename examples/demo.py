@@ -45,6 +45,8 @@ class Contestant:
     preset: str
     mixer: str
     options: dict[str, int]
+    learning_rate: float
+    """The best of 2e-3, 4e-3, 8e-3, 1e-2 and 2e-2 for this model."""
     model: Decoder | None = None
     perplexity: Perplexity | None = None
     probe: ProbeResult | None = None
@@ -54,20 +56,20 @@ class Contestant:
 
 def contestants() -> list[Contestant]:
     return [
-        Contestant("Based", "based-tiny", "taylor_linear_attention", {"feature_dim": 16}),
-        Contestant("Transformer++", "attn-tiny", "softmax_attention", {}),
-        Contestant("window only", "window-tiny", "sliding_window_attention", {"window": 17}),
+        Contestant("Based", "based-tiny", "taylor_linear_attention", {"feature_dim": 16}, 2e-2),
+        Contestant("Transformer++", "attn-tiny", "softmax_attention", {}, 4e-3),
+        Contestant("window only", "window-tiny", "sliding_window_attention", {"window": 17}, 2e-2),
     ]
 
 
-def config(preset: str) -> TrainConfig:
+def config(one: Contestant) -> TrainConfig:
     return TrainConfig(
         data=OUT / "data",
-        preset=preset,
+        preset=one.preset,
         steps=500,
         batch_size=2,
         length=512,
-        learning_rate=2e-2,
+        learning_rate=one.learning_rate,
         evaluate_every=500,
         checkpoint_every=250,
     )
@@ -90,8 +92,9 @@ class Recording(TrainingProgress):
 
 
 def train(console: Console, one: Contestant) -> None:
-    options = config(one.preset)
-    with Recording(console, options.steps, f"{one.name:<13}") as progress:
+    options = config(one)
+    progress = Recording(console, options.steps, f"{one.name:<13}")
+    with progress:
         trainer = Trainer(options, OUT / one.preset, progress, torch.device("cpu"))
         one.model = trainer.train()
     one.perplexity, one.losses = progress.result, progress.losses
@@ -227,7 +230,7 @@ def main() -> None:
         f"{packed.tokens['train']:,} tokens to train on, {packed.tokens['validation']:,} held out\n"
     )
     models = contestants()
-    console.print("[bold]Training[/] all three on the same 512,000 tokens")
+    console.print("[bold]Training[/] all three on the same 512,000 tokens, each at its best rate")
     for one in models:
         train(console, one)
     show_perplexities(console, models)

@@ -58,8 +58,9 @@ def _recall(axes: Axes, models: list[Contestant]) -> None:
             f"{one.name}, {accuracy:.0f} %",
             (size, accuracy),
             textcoords="offset points",
-            xytext=(0, -20),
-            ha="center",
+            # Beside each other at the top: one name to the left, one to the right.
+            xytext=(-8, -20) if one is models[0] else (0, -20),
+            ha="right" if one is models[0] else "center",
         )
     axes.set(xscale="log", xlim=(4, 400), ylim=(0, 112))
     axes.set(title="associative recall", xlabel="state of a sequence, kB", ylabel="recalled, %")

@@ -16,6 +16,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "train": ("based.training.command", "Train", "train a model on token shards"),
     "generate": ("based.generation.command", "Generate", "continue a text with a trained model"),
     "eval": ("based.evaluation.command", "Evaluate", "perplexity, on recall hits and on the rest"),
+    "convert": ("based.models.convert.command", "Convert", "read an official checkpoint"),
     "recall": ("based.recall.command", "Recall", "recall against the size of the state: the lab"),
     "info": ("based.models.command", "Info", "parameters, layers and state bytes of a model"),
 }
@@ -39,10 +40,12 @@ def _run(verb: str, arguments: list[str]) -> None:
 
     module_name, options, _ = VERBS[verb]
     module = import_module(module_name)
-    config = tyro.cli(
-        getattr(module, options), args=arguments, prog=f"based {verb}", use_underscores=False
-    )
     try:
+        if hasattr(module, "expand"):
+            arguments = module.expand(arguments)
+        config = tyro.cli(
+            getattr(module, options), args=arguments, prog=f"based {verb}", use_underscores=False
+        )
         module.run(config)
     except BasedError as error:
         _fail(str(error), status=1)

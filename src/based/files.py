@@ -26,12 +26,18 @@ def published(path: Path) -> Iterator[Path]:
     except OSError as error:
         if old.exists() and not path.exists():
             old.rename(path)
-        reason = "the disk is full" if error.errno == errno.ENOSPC else str(error)
-        raise BasedError(f"could not save {path}: {reason}; what was there is kept") from error
+        raise not_saved(path, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         if path.exists():
             shutil.rmtree(old, ignore_errors=True)
+
+
+def not_saved(path: Path, error: BaseException) -> BasedError:
+    """What to tell the user if `error` kept `path` from being written."""
+    full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+    reason = "the disk is full" if full else str(error)
+    return BasedError(f"could not save {path}: {reason}; what was there is kept")
 
 
 def _sync(folder: Path) -> None:

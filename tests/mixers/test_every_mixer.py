@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from based.errors import BasedError
 from based.mixers import MIXERS, Mixer, State, build_mixer
 from based.mixers.packing import Packing
 
@@ -265,3 +266,22 @@ def test_rows_of_a_state_are_sequences(name, options) -> None:
     fresh = mixer(y[:1])[0]
     assert_same(outs[:1], fresh)
     assert_same(outs[1:2], by_steps(mixer, y[1:2], want.select(torch.tensor([0]))))
+
+
+@every_mixer
+@pytest.mark.parametrize("lengths", [[20, 23], [1, 2, 5, 1, 34], [43]])
+def test_segments_join_into_the_state_of_the_whole(name, options, lengths) -> None:
+    mixer = make(name, options)
+    if type(mixer).join_segments is Mixer.join_segments:
+        with pytest.raises(BasedError, match="no rule to join segments"):
+            mixer.join_segments(mixer.init_state(1), mixer.init_state(1), 0, 1)
+        return
+    x, state, position = inputs(length=sum(lengths)), mixer.init_state(BATCH), 0
+    for piece in x.split(lengths, dim=1):
+        own = mixer.segment_state(piece, position)
+        floats = State({k: t for k, t in own.items() if t.is_floating_point()})
+        state = mixer.join_segments(state, floats, position, piece.shape[1])
+        position += piece.shape[1]
+    _, whole = mixer(x, mixer.init_state(BATCH))
+    assert_same_state(state, whole)
+    assert mixer.mixing_flops(64) <= mixer.mixing_flops(128)

@@ -1,6 +1,6 @@
 """Decayed linear attention, delta rules and the selective scan: every form is the reference."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import pytest
@@ -106,19 +106,24 @@ def test_chunks_are_the_reference(form: Form, length: int, dtype, tolerance: flo
     assert_same(state, final, tolerance)
 
 
+def outputs_and_gradients(
+    op: Callable, arguments: Sequence[Tensor], dtype: torch.dtype
+) -> list[Tensor]:
+    """Output, final state, and what a weighted sum of both has as gradients."""
+    leaves = [x.detach().requires_grad_() for x in arguments]
+    outputs = op(*(x.to(dtype) for x in leaves))
+    weights = [torch.arange(y.shape[-2:].numel()).cos().view(y.shape[-2:]) for y in outputs]
+    loss = sum((y * weight).sum() for y, weight in zip(outputs, weights, strict=True))
+    return [*outputs, *torch.autograd.grad(loss, leaves)]
+
+
 @every_form
 def test_gradients_are_the_references(form: Form) -> None:
-    arguments = [x.requires_grad_() for x in form.make(83)]
-    weights = [torch.randn_like(x) for x in form.reference(*arguments)]
-
-    def gradients(function: Callable, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        outputs = function(*(x.to(dtype) for x in arguments))
-        loss = sum((y * weight).sum() for y, weight in zip(outputs, weights, strict=True))
-        return torch.autograd.grad(loss, arguments)
-
-    want = gradients(form.reference, torch.float64)
+    arguments = form.make(83)
+    want = outputs_and_gradients(form.reference, arguments, torch.float64)
     for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 2e-5)):
-        for mine, theirs in zip(gradients(form.op, dtype), want, strict=True):
+        got = outputs_and_gradients(form.op, arguments, dtype)
+        for mine, theirs in zip(got, want, strict=True):
             assert_same(mine, theirs, tolerance)
 
 
@@ -140,30 +145,27 @@ def test_no_tokens_leave_the_state(form: Form) -> None:
     assert_same(after, state, 0.0)
 
 
-@pytest.mark.parametrize("name", ["decay a head", "decay a channel", "decay a channel, bonus"])
-@pytest.mark.parametrize("strength", [40.0, 3000.0])
-def test_strong_decays_neither_overflow_nor_lose_precision(name: str, strength: float) -> None:
-    form = FORMS[name]
-    q, k, v, g, state = form.make(150)
-    # Most tokens keep the state; a few erase it, some of its channels at least.
-    g = torch.where(torch.rand_like(g) < 0.1, strength * g, 1e-3 * g)
-    want, final = form.reference(q, k, v, g, state)
-    got, after = form.op(*(x.float() for x in (q, k, v, g, state)))
-    assert_same(got, want, 1e-5)
-    assert_same(after, final, 1e-5)
-
-
-@pytest.mark.parametrize("name", ["delta", "generalized delta", "selective scan"])
-def test_strong_decays_of_the_others(name: str) -> None:
-    form = FORMS[name]
+@every_form
+def test_strong_decays_neither_overflow_nor_lose_precision(form: Form) -> None:
     arguments = list(form.make(150))
-    index = {"delta": 4, "generalized delta": 5, "selective scan": 1}[name]
-    g = arguments[index]
-    arguments[index] = torch.where(torch.rand_like(g) < 0.1, 1000 * g, 1e-3 * g)
-    want, final = form.reference(*arguments)
-    got, after = form.op(*(x.float() for x in arguments))
-    assert_same(got, want, 1e-5)
-    assert_same(after, final, 1e-5)
+    index = {delta: 4, generalized: 5, scan: 1}.get(form.make, 3)
+    decay = arguments[index]
+    # Most tokens keep the state; a few erase it, or some of its channels.
+    arguments[index] = torch.where(torch.rand_like(decay) < 0.1, 1000 * decay, 1e-3 * decay)
+    want = outputs_and_gradients(form.reference, arguments, torch.float64)
+    got = outputs_and_gradients(form.op, arguments, torch.float32)
+    for mine, theirs in zip(got, want, strict=True):
+        assert_same(mine, theirs, 1e-5)
+
+
+@every_form
+def test_models_side_by_side(form: Form) -> None:
+    lanes = [form.make(70) for _ in range(3)]
+    stacked = [torch.stack(x) for x in zip(*lanes, strict=True)]
+    got = outputs_and_gradients(torch.func.vmap(form.op), stacked, torch.float64)
+    apart = [outputs_and_gradients(form.op, arguments, torch.float64) for arguments in lanes]
+    for mine, theirs in zip(got, zip(*apart, strict=True), strict=True):
+        assert_same(mine, torch.stack(theirs), 1e-12)
 
 
 def test_states_of_a_long_scan_are_not_kept() -> None:

@@ -1,13 +1,15 @@
 import errno
 import json
 import math
+import os
 import shutil
-import subprocess
-import sys
+import signal
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import pytest
+import ranks
 import torch
 from torch import nn
 
@@ -16,7 +18,8 @@ from based.data.prepare import prepare
 from based.errors import BasedError
 from based.models import load_model
 from based.models.checkpoint import model_folder
-from based.training import TrainConfig, Trainer
+from based.training import TrainConfig, Trainer, checkpoint
+from based.training.learner import Learner
 from based.training.metrics import MetricsLog, plot_metrics, read_metrics, smoothed
 from based.training.optimizer import build_optimizer, learning_rate
 
@@ -55,7 +58,7 @@ def config(data) -> TrainConfig:
         data=data,
         steps=12,
         batch_size=4,
-        accumulation=2,
+        micro_batch=2,
         length=16,
         warmup_steps=3,
         evaluate_every=6,
@@ -114,46 +117,41 @@ def test_resumed_is_never_interrupted_bit_for_bit(config, tmp_path) -> None:
     assert_bitwise(tmp_path / "whole", tmp_path / "cut")
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-import torch
-from based import files
-from based.training import TrainConfig, Trainer, checkpoint
-sys.path.insert(0, {tests!r})
-from test_training import Recorder
-where, calls = sys.argv[3], 0
-def kill(*_):
-    os.kill(os.getpid(), signal.SIGKILL)
-def sync(path, sync=files._sync_one):
-    global calls
-    calls += 1
-    if where == "while syncing" and calls == 9:
-        kill()
-    sync(path)
-files._sync_one = sync
-if where == "before the manifest":
-    count = checkpoint._files
-    checkpoint._files = lambda folder: kill() if "00000008" in str(folder) else count(folder)
-def after(step):
-    if where == "in a step" and step.step == 7:
-        kill()
-torch.set_num_threads(2)
-config = TrainConfig(Path(sys.argv[1]), steps=12, batch_size=4, accumulation=2, length=16,
-                     warmup_steps=3, evaluate_every=6, checkpoint_every=4)
-Trainer(config, Path(sys.argv[2]), Recorder(after), torch.device("cpu")).train()
-"""
+def killed(config: TrainConfig, folder: Path, where: str) -> None:
+    """A run in a process of its own that kills itself at the named moment."""
+    calls, sync, files_of = count(1), files._sync_one, checkpoint._files
+
+    def kill() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def killing_sync(path: Path) -> None:
+        if where == "while syncing" and next(calls) == 9:
+            kill()
+        sync(path)
+
+    def killing_files(folder: Path) -> dict:
+        if where == "before the manifest" and "00000008" in str(folder):
+            kill()
+        return files_of(folder)
+
+    def killing_step(step) -> None:
+        if where == "in a step" and step.step == 7:
+            kill()
+
+    torch.set_num_threads(1)
+    files._sync_one, checkpoint._files = killing_sync, killing_files
+    train(config, folder, Recorder(killing_step))
 
 
-def test_killed_at_any_moment_a_run_goes_on_bit_for_bit(data, tmp_path) -> None:
-    script = KILLED.format(tests=str(Path(__file__).parent))
-
-    def run(folder, where) -> int:
-        command = [sys.executable, "-c", script, str(data), str(folder), where]
-        return subprocess.run(command, check=False, capture_output=True).returncode
+def test_killed_at_any_moment_a_run_goes_on_bit_for_bit(config, tmp_path) -> None:
+    def run(folder: Path, where: str) -> int | None:
+        process = ranks.CONTEXT.Process(target=killed, args=(config, folder, where))
+        process.start()
+        process.join()
+        return process.exitcode
 
     for where in ("in a step", "before the manifest", "while syncing"):
-        assert run(tmp_path / "killed", where) == -9, where
+        assert run(tmp_path / "killed", where) == -signal.SIGKILL, where
     assert run(tmp_path / "killed", "nowhere") == 0
     assert run(tmp_path / "whole", "nowhere") == 0
     assert_bitwise(tmp_path / "whole", tmp_path / "killed")
@@ -203,9 +201,11 @@ def test_an_infinite_loss_stops_before_the_weights_are_touched(
 
     def poison(step) -> None:
         if step.step == 5:
-            monkeypatch.setattr(Trainer, "_loss", lambda self, batch: loss(self, batch) * math.nan)
+            monkeypatch.setattr(
+                Learner, "_backward", lambda *args, **_: backward(*args, **_) * math.nan
+            )
 
-    loss = Trainer._loss
+    backward = Learner._backward
     with pytest.raises(BasedError, match=r"loss is nan .* at step 6.*checkpoint of step 4 is kept"):
         train(config, run, Recorder(poison))
     monkeypatch.undo()
@@ -241,7 +241,7 @@ def test_other_options_or_a_second_process_are_refused(config, tmp_path) -> None
     [
         ({"steps": 0}, "steps is 0"),
         ({"learning_rate": 0.0}, "learning_rate is 0"),
-        ({"accumulation": 3}, "does not divide into 3 micro-batches"),
+        ({"micro_batch": 0}, "micro_batch is 0"),
         ({"keep_checkpoints": 0}, "keep_checkpoints is 0"),
     ],
 )
@@ -262,15 +262,16 @@ def test_bad_runs(config, tmp_path) -> None:
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
 
 
-def test_accumulation_gives_the_gradient_of_the_whole_batch(config, tmp_path) -> None:
-    gradients = []
-    for parts in (1, 4):
-        trainer = Trainer(
-            replace(config, accumulation=parts), tmp_path / str(parts), Recorder(), CPU
-        )
-        trainer._accumulate(0)
-        gradients.append([p.grad for p in trainer.model.parameters()])
-    for a, b in zip(*gradients, strict=True):
+@pytest.mark.parametrize(
+    "change", [{"micro_batch": 1}, {"segment": 5}, {"segment": 7, "recompute": True}]
+)
+def test_savings_of_memory_leave_the_gradient_alone(config, tmp_path, change) -> None:
+    found = []
+    for options in ({"micro_batch": 4}, change):
+        trainer = Trainer(replace(config, **options), tmp_path, Recorder(), CPU)
+        loss, norm = trainer._gradients()
+        found.append([torch.tensor([loss, norm]), *(p.grad for p in trainer.model.parameters())])
+    for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 

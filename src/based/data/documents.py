@@ -53,7 +53,7 @@ def read_pieces(file: Path) -> Iterator[Piece]:
             if name.endswith(".jsonl"):
                 yield from _json_lines(stream, file)
             else:
-                yield from _cut(stream)
+                yield from cut(stream)
     except UnicodeDecodeError as error:
         raise BasedError(f"{file} is not UTF-8 text ({error.reason}); convert it first") from error
     except (OSError, EOFError, lzma.LZMAError) as error:
@@ -70,11 +70,11 @@ def _json_lines(stream: io.TextIOBase, file: Path) -> Iterator[Piece]:
             raise BasedError(f'{file}, line {number}: not an object with a "text" field') from error
         if not isinstance(text, str):
             raise BasedError(f'{file}, line {number}: "text" is not a string')
-        yield from _cut(io.StringIO(text))
+        yield from cut(io.StringIO(text))
 
 
-def _cut(stream: io.TextIOBase) -> Iterator[Piece]:
-    """Reads ahead one piece, so that the last one is known to be the last."""
+def cut(stream: io.TextIOBase) -> Iterator[Piece]:
+    """A text in pieces; one is read ahead, so that the last is known to be the last."""
     text = stream.read(PIECE_CHARACTERS)
     while text:
         more = stream.readline() if len(text) == PIECE_CHARACTERS else ""

@@ -1,16 +1,19 @@
-"""Packs text files into token shards: tokenizer, held-out split, shards, meta.json."""
+"""Packs documents into token shards: tokenizer, held-out split, shards, meta.json."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
 
 from based.data.documents import Piece, find_files, read_pieces
+from based.data.encoding import Batch, encode
+from based.data.hub import HubDataset
 from based.data.shards import FORMAT, ShardWriter
 from based.data.tokenizer import Tokenizer, train_tokenizer
 from based.errors import BasedError
@@ -30,17 +33,20 @@ class Packed:
 
 
 def prepare(
-    paths: Sequence[Path],
+    source: Sequence[Path] | HubDataset,
     out: Path,
     vocab_size: int,
     *,
     tokenizer: Tokenizer | None = None,
     validation_fraction: float = 0.05,
     seed: int = 0,
+    processes: int = 1,
     on_bytes: Callable[[str, int], None] = lambda stage, count: None,
 ) -> Packed:
     """Writes the data directory `out`; it appears whole or not at all.
 
+    `source` is text files and directories of them, or a Hugging Face dataset. With
+    several `processes` each tokenizes on one core; what is written is the same.
     Trains a tokenizer unless one is given. Each piece of text (a document, or a
     megabyte of a long one) is held out with probability `validation_fraction`; if
     chance holds out nothing, the end of the text is. `on_bytes(stage, count)`
@@ -50,23 +56,30 @@ def prepare(
         raise BasedError(
             f"validation_fraction is {validation_fraction}; it must lie between 0 and 1"
         )
-    files = find_files(paths)
+    if processes < 1:
+        raise BasedError(f"processes is {processes}; it must be at least 1")
+    read = source.read if isinstance(source, HubDataset) else partial(_read, find_files(source))
     if tokenizer is None:
-        tokenizer = train_tokenizer(_texts(files, on_bytes), vocab_size)
+        tokenizer = train_tokenizer(_texts(read(), on_bytes), vocab_size)
     with published(out) as folder:
         tokenizer.save(folder / "tokenizer.json")
-        packed = _pack(files, folder, tokenizer, validation_fraction, seed, on_bytes)
+        encoded = encode(_batched(read()), tokenizer, processes)
+        packed = _pack(encoded, folder, tokenizer, validation_fraction, seed, on_bytes)
     return packed
 
 
-def _texts(files: list[Path], on_bytes: Callable[[str, int], None]) -> Iterator[str]:
-    for piece in chain.from_iterable(map(read_pieces, files)):
+def _read(files: list[Path]) -> Iterator[Piece]:
+    return chain.from_iterable(map(read_pieces, files))
+
+
+def _texts(pieces: Iterator[Piece], on_bytes: Callable[[str, int], None]) -> Iterator[str]:
+    for piece in pieces:
         on_bytes("tokenizer", len(piece.text.encode()))
         yield piece.text
 
 
 def _pack(
-    files: list[Path],
+    encoded: Iterator[tuple[Batch, list[np.ndarray]]],
     folder: Path,
     tokenizer: Tokenizer,
     fraction: float,
@@ -76,13 +89,12 @@ def _pack(
     random = np.random.default_rng(seed)
     writers = {s: ShardWriter(folder, s, tokenizer.vocab_size) for s in ("train", "validation")}
     sizes, documents = dict.fromkeys(writers, 0), 0
-    pieces = chain.from_iterable(map(read_pieces, files))
-    for batch in _batched(pieces):
-        encoded = tokenizer.encode_batch([piece.text for piece in batch])
-        for piece, ids in zip(batch, encoded, strict=True):
+    for batch, all_ids in encoded:
+        for piece, ids in zip(batch, all_ids, strict=True):
             split = "validation" if random.random() < fraction else "train"
-            end = [tokenizer.eos_id] if piece.ends_document else []
-            writers[split].write(np.array([*ids, *end], dtype=np.int64))
+            writers[split].write(ids)
+            if piece.ends_document:
+                writers[split].write(np.array([tokenizer.eos_id]))
             size = len(piece.text.encode())
             sizes[split] += size
             documents += piece.ends_document
@@ -101,7 +113,7 @@ def _pack(
     return Packed(documents, tokens, sizes, tokenizer.vocab_size)
 
 
-def _batched(pieces: Iterator[Piece]) -> Iterator[tuple[Piece, ...]]:
+def _batched(pieces: Iterator[Piece]) -> Iterator[Batch]:
     while batch := tuple(islice(pieces, BATCH_PIECES)):
         yield batch
 

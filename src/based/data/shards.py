@@ -87,6 +87,7 @@ class TokenDataset:
         while count > 0:
             offset = start - int(self._starts[shard])
             part = self._arrays[shard][offset : offset + count]
+            self._check(part, shard)
             parts.append(part)
             start, count, shard = start + len(part), count - len(part), shard + 1
         return np.concatenate([np.empty(0, np.int64), *parts]).astype(np.int64)
@@ -94,6 +95,14 @@ class TokenDataset:
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that made the tokens."""
         return Tokenizer.load(self.path)
+
+    def _check(self, part: np.ndarray, shard: int) -> None:
+        """Refuses ids that the tokenizer does not have, before they index an embedding."""
+        if part.size and part.max() >= self.vocab_size:
+            raise BasedError(
+                f"shard {shard} of {self.path} is damaged: it holds token {part.max()}, and "
+                f"there are {self.vocab_size}; pack the text anew with `based data`"
+            )
 
     def _open(self, name: str, tokens: int) -> np.ndarray:
         try:

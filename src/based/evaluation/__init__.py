@@ -3,9 +3,10 @@
 from based.evaluation.perplexity import (
     Difference,
     Perplexity,
+    Share,
     evaluate,
     paired_difference,
     recall_hits,
 )
 
-__all__ = ["Difference", "Perplexity", "evaluate", "paired_difference", "recall_hits"]
+__all__ = ["Difference", "Perplexity", "Share", "evaluate", "paired_difference", "recall_hits"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -97,38 +98,50 @@ def recall_hits(tokens: Int[Tensor, "B T"], vocab_size: int) -> Bool[Tensor, "B 
     return torch.zeros_like(repeated).scatter(1, order, repeated)
 
 
+class Share(NamedTuple):
+    """What one of several ranks evaluates: every `ranks`-th batch, some columns of each window."""
+
+    rank: int = 0
+    ranks: int = 1
+    columns: slice = slice(None)
+
+
+WHOLE = Share()
+
+
 @torch.no_grad()
 def evaluate(
     model: Decoder,
     windows: Windows,
     batch_size: int = 8,
     max_windows: int | None = None,
-    autocast: torch.dtype | None = None,
     on_windows: Callable[[int], None] = lambda count: None,
+    share: Share = WHOLE,
 ) -> Perplexity:
-    """Evaluates consecutive windows of the text; `on_windows` reports how many more are done."""
+    """Evaluates consecutive windows of the text; `on_windows` reports how many more are done.
+
+    With a `share` the result is zero where other ranks' is not: their sum is the
+    whole. All ranks run the model equally often, as sharded weights require.
+    """
     count = min(windows.count, max_windows or windows.count)
-    nll, tokens = [], []
+    nll, tokens = torch.zeros(2, count, 2, dtype=torch.float64)
     training = model.training
     model.eval()
-    for first in range(0, count, batch_size):
-        batch = windows.in_order(first, min(batch_size, count - first)).to(model.device)
-        with torch.autocast(model.device.type, dtype=autocast, enabled=autocast is not None):
-            losses = token_losses(model, batch)
-        hits = recall_hits(batch, model.config.vocab_size)
+    for first in range(0, count, batch_size * share.ranks):
+        start = first + batch_size * share.rank
+        mine = start < count
+        rows = slice(start, min(start + batch_size, count)) if mine else slice(0, 1)
+        batch = windows.in_order(rows.start, rows.stop - rows.start).to(model.device)
+        inputs, targets = (part[:, share.columns] for part in (batch[:, :-1], batch[:, 1:]))
+        _, losses, _ = model.loss(inputs, targets)
+        hits = recall_hits(batch, model.config.vocab_size)[:, share.columns]
         groups = torch.stack([hits, ~hits], dim=-1).double()
-        nll.append((losses.double()[..., None] * groups).sum(1).cpu())
-        tokens.append(groups.sum(1).cpu())
-        on_windows(len(batch))
+        if mine:
+            nll[rows] = (losses.double()[..., None] * groups).sum(1).cpu()
+            tokens[rows] = groups.sum(1).cpu()
+        on_windows(min(batch_size * share.ranks, count - first))
     model.train(training)
-    return Perplexity(torch.cat(nll), torch.cat(tokens))
-
-
-def token_losses(model: Decoder, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T-1"]:
-    """Negative log-likelihood (nats) of every token but the first, float32."""
-    logits, _ = model(tokens[:, :-1])
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    return F.cross_entropy(wide.transpose(1, 2), tokens[:, 1:], reduction="none")
+    return Perplexity(nll, tokens)
 
 
 def _ratio_error(sums: Float[Tensor, " W"], counts: Float[Tensor, " W"]) -> float:

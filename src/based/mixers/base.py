@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from math import prod
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -23,6 +23,17 @@ class TensorSpec(NamedTuple):
     dtype: torch.dtype | None = None
 
 
+@runtime_checkable
+class Shard(Protocol):
+    """What lets a mixer work on one shard of sequences whose other shards are elsewhere."""
+
+    def mix(
+        self, mixer: Mixer, x: Float[Tensor, "B T C"], cu_seqlens: Int[Tensor, " E"] | None
+    ) -> Float[Tensor, "B T C"]:
+        """The mixer's output on this shard, as if it saw the whole sequences."""
+        ...
+
+
 class Mixer(nn.Module, ABC):
     """Maps `[B, T, hidden_size]` to the same shape; output t depends on inputs 0 .. t.
 
@@ -33,6 +44,8 @@ class Mixer(nn.Module, ABC):
 
     #: Whether the state keeps its size whatever the length.
     fixed_state: ClassVar[bool] = True
+    #: Set while sequences are split over ranks (`based.training.context_parallel`).
+    shard: Shard | None = None
 
     @abstractmethod
     def state_spec(self, length: int, dtype: torch.dtype) -> dict[str, TensorSpec]:
@@ -68,9 +81,35 @@ class Mixer(nn.Module, ABC):
         With `cu_seqlens` the batch is packed: B = 1, and sequence i is the tokens
         cu_seqlens[i] .. cu_seqlens[i + 1]. The given state is not changed.
         """
+        if self.shard is not None and state is None:
+            return self.shard.mix(self, x, cu_seqlens), None
         if cu_seqlens is None:
             return self.mix(x, state)
         return self.mix_packed(x, cu_seqlens, state)
+
+    def segment_state(self, x: Float[Tensor, "B T C"], position: int) -> State:
+        """The state that these tokens leave by themselves, the first one at `position`."""
+        _, after = self.mix(x, self.init_state(x.shape[0]))
+        assert after is not None
+        return after
+
+    def join_segments(self, before: State, after: State, position: int, length: int) -> State:
+        """The state after two adjoining segments, from each one's own.
+
+        `after` is the `segment_state` of `length` tokens, the first at `position`; of
+        its tensors only those of floating point are there. Differentiable.
+        """
+        raise BasedError(
+            f"{type(self).__name__} has no rule to join segments, so its sequences cannot be "
+            "split over ranks; set context_parallel to 1"
+        )
+
+    def mixing_flops(self, length: int) -> int:
+        """Floating-point operations a token of mixing alone, projections not counted.
+
+        Forward, the mean over a sequence of `length` tokens.
+        """
+        return 0
 
     def join_states(self, states: Sequence[State]) -> State:
         """One state with the rows of all; overridden where rows can differ in size."""

@@ -3,6 +3,7 @@
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from based.mixers.base import Mixer, TensorSpec, at_least_one
 from based.mixers.state import State
@@ -48,6 +49,17 @@ class GatedConvolution(Mixer):
         weight = self.conv_weight.to(inputs.dtype)
         y, past = gated_short_convolution(inputs, gate, weight, past, cu_seqlens)
         return self.out_proj(y), None if past is None else State(inputs=past)
+
+    def segment_state(self, x: Float[Tensor, "B T C"], position: int) -> State:
+        count = self.conv_weight.shape[1] - 1
+        inputs, _ = self.in_proj(x[:, max(x.shape[1] - count, 0) :]).chunk(2, dim=-1)
+        return State(inputs=F.pad(inputs, (0, 0, count - inputs.shape[1], 0)))
+
+    def join_segments(self, before: State, after: State, position: int, length: int) -> State:
+        count = self.conv_weight.shape[1] - 1
+        new = min(length, count)
+        inputs = torch.cat([before["inputs"], after["inputs"][:, count - new :]], dim=1)
+        return State(inputs=inputs[:, new:])
 
     def step(self, x: Float[Tensor, "B C"], state: State) -> Float[Tensor, "B C"]:
         y, after = self.mix(x[:, None], state)

@@ -96,6 +96,28 @@ class SlidingWindowAttention(Mixer):
         dropout = self.attention_dropout if self.training else 0.0
         return sliding_window_attention(q, k, v, self.window, past, cu_seqlens, dropout)
 
+    def segment_state(self, x: Float[Tensor, "B T C"], position: int) -> State:
+        first = max(x.shape[1] - self.window, 0)
+        token = torch.arange(position + first, position + x.shape[1], device=x.device)
+        _, k, v = self._project(x[:, first:], token[None])
+        ring = k.new_zeros(x.shape[0], self.window, *k.shape[2:])
+        slot = token % self.window
+        return State(keys=ring.index_copy(1, slot, k), values=ring.index_copy(1, slot, v))
+
+    def join_segments(self, before: State, after: State, position: int, length: int) -> State:
+        end = position + length
+        slots = self._slots(after["keys"])
+        newest = end - 1 - (end - 1 - slots) % self.window
+        new = (newest >= position)[:, None, None]
+        keys, values = (torch.where(new, after[x], before[x]) for x in ("keys", "values"))
+        return State(keys=keys, values=values, length=before["length"] + length)
+
+    def mixing_flops(self, length: int) -> int:
+        # The first queries of a sequence see fewer keys than the window.
+        window = min(self.window, length)
+        keys = window - window * (window - 1) / (2 * length)
+        return round(4 * keys * self.num_heads * self.head_dim)
+
     def _project(self, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = self.qkv_proj(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
         frequencies = inverse_frequencies(self.head_dim, self.rotary_fraction, device=x.device)

@@ -82,6 +82,23 @@ class SoftmaxAttention(Mixer):
         capacity = max(state["keys"].shape[1] for state in states)
         return State.concatenate([grow(state, CACHE, capacity) for state in states])
 
+    def segment_state(self, x: Float[Tensor, "B T C"], position: int) -> State:
+        token = torch.arange(position, position + x.shape[1], device=x.device)
+        _, k, v = self._project(x, token[None])
+        length = torch.full((x.shape[0],), x.shape[1], device=x.device)
+        return grow(State(keys=k, values=v, length=length), CACHE, x.shape[1])
+
+    def join_segments(self, before: State, after: State, position: int, length: int) -> State:
+        keys, values = (
+            torch.cat([before[name][:, :position], after[name][:, :length]], dim=1)
+            for name in ("keys", "values")
+        )
+        joined = State(keys=keys, values=values, length=before["length"] + length)
+        return grow(joined, CACHE, position + length)
+
+    def mixing_flops(self, length: int) -> int:
+        return 2 * (length + 1) * self.num_heads * self.head_dim
+
     def _project(self, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = self.qkv_proj(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
         frequencies = inverse_frequencies(self.head_dim, self.rotary_fraction, device=x.device)

@@ -71,6 +71,18 @@ class TaylorLinearAttention(Mixer):
         )
         return self.out_proj(out.flatten(-2))
 
+    def segment_state(self, x: Float[Tensor, "B T C"], position: int) -> State:
+        _, k, v = self._project(x)
+        _, numerator, denominator = taylor_linear_attention(k, k, v)
+        return State(numerator=numerator, denominator=denominator)
+
+    def join_segments(self, before: State, after: State, position: int, length: int) -> State:
+        return State({name: tensor + after[name] for name, tensor in before.items()})
+
+    def mixing_flops(self, length: int) -> int:
+        # The state is added to and read, a product of F features and head_dim + 1 values each.
+        return 4 * self.num_heads * num_features(self.feature_dim) * (self.head_dim + 1)
+
     def _project(self, x: Float[Tensor, "... C"]) -> tuple[Tensor, Tensor, Tensor]:
         heads = (self.num_heads, -1)
         projections = (self.q_proj(x), self.k_proj(x), self.v_proj(x))

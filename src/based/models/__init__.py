@@ -1,5 +1,6 @@
 """Language models: one decoder, built from a list of mixer names."""
 
+from based.models.auto_classes import register_auto_classes
 from based.models.checkpoint import load_model, save_model
 from based.models.config import DecoderConfig
 from based.models.decoder import Decoder, DecoderState
@@ -14,3 +15,5 @@ __all__ = [
     "preset",
     "save_model",
 ]
+
+register_auto_classes()

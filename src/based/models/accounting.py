@@ -61,6 +61,17 @@ def transformer_cache_bytes(model: Decoder, length: int, dtype: torch.dtype) -> 
     return layers, 2 * layers * config.hidden_size * length * dtype.itemsize
 
 
+def training_flops(model: Decoder, length: int) -> int:
+    """Operations a token of a training step: three times the forward pass's products.
+
+    Every matrix product (the head included, the embedding's look-up not) and what
+    the mixers add to them over a sequence of `length`; nothing computed anew counts.
+    """
+    matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2)
+    mixing = sum(mixer.mixing_flops(length) for mixer in model.mixers())
+    return 3 * (2 * matrices + mixing)
+
+
 def settings_within(name: str, budget: int, dtype: torch.dtype) -> list[tuple[int, int, int]]:
     """(feature_dim, window, state bytes) of the preset that fit `budget` bytes, largest first."""
     if not name.startswith("based-"):

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -25,6 +26,11 @@ from based.models.decoder import Decoder
 MODEL_TYPE = "based"
 PREFIX = "model."
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+# Transformers runs this module, which a saved model carries, where Based was not imported.
+HUB_MODULE = "based.models.huggingface.modeling_based"
+HUB_CODE = Path(__file__).parent / "huggingface" / "modeling_based.py"
+AUTO = {"AutoConfig": "BasedConfig", "AutoModelForCausalLM": "BasedForCausalLM"}
+TOKENIZER, END_OF_TEXT = "tokenizer.json", "<|endoftext|>"
 
 
 def save_model(model: Decoder, path: str | Path, tokenizer: str | Path | None = None) -> None:
@@ -38,9 +44,26 @@ def save_model(model: Decoder, path: str | Path, tokenizer: str | Path | None = 
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         described = {"model_type": MODEL_TYPE, "architectures": ["BasedForCausalLM"]}
         described |= {"dtype": str(model.dtype).removeprefix("torch."), **model.config.to_dict()}
-        (folder / CONFIG).write_text(json.dumps(described, indent=2) + "\n")
+        described |= {"auto_map": {auto: f"{HUB_CODE.stem}.{name}" for auto, name in AUTO.items()}}
         if tokenizer is not None:
-            shutil.copyfile(tokenizer, folder / "tokenizer.json")
+            described |= _copy_tokenizer(Path(tokenizer), folder)
+        shutil.copyfile(HUB_CODE, folder / HUB_CODE.name)
+        (folder / CONFIG).write_text(json.dumps(described, indent=2) + "\n")
+
+
+def _copy_tokenizer(file: Path, folder: Path) -> dict[str, int]:
+    """Copies it with what transformers wants to know; returns its special ids for the config."""
+    shutil.copyfile(file, folder / TOKENIZER)
+    try:
+        end = tokenizers.Tokenizer.from_file(str(file)).token_to_id(END_OF_TEXT)
+    except Exception as error:  # the library raises bare Exception
+        raise BasedError(f"{file} is not a tokenizer file: {error}") from error
+    if end is None:
+        return {}
+    special = {"eos_token": END_OF_TEXT, "pad_token": END_OF_TEXT}
+    described = {"tokenizer_class": "PreTrainedTokenizerFast", **special}
+    (folder / "tokenizer_config.json").write_text(json.dumps(described, indent=2) + "\n")
+    return {"eos_token_id": end, "pad_token_id": end}
 
 
 def load_model(
@@ -53,7 +76,7 @@ def load_model(
         model = Decoder(config)
     tensors = {name.removeprefix(PREFIX): t for name, t in _read_tensors(folder)}
     tensors.pop("lm_head.weight", None)
-    _check(model, tensors, folder)
+    check_fits(model, tensors, folder)
     model.load_state_dict(tensors, assign=True)
     return model.to(device=device, dtype=dtype or model.dtype).eval()
 
@@ -71,13 +94,10 @@ def model_folder(path: str | Path) -> Path:
 
 def read_config(folder: Path) -> DecoderConfig:
     """The configuration in the directory's `config.json`."""
-    try:
-        values: dict[str, Any] = json.loads((folder / CONFIG).read_text())
-    except FileNotFoundError:
-        raise BasedError(f"no model in {folder}: {CONFIG} is missing there") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, NotADirectoryError) as error:
-        raise BasedError(f"{folder / CONFIG} is not a model's configuration: {error}") from error
-    if not isinstance(values, dict) or values.get("model_type") != MODEL_TYPE:
+    if folder.is_dir() and not (folder / CONFIG).exists():
+        raise BasedError(f"no model in {folder}: {CONFIG} is missing there")
+    values = read_json(folder / CONFIG)
+    if values.get("model_type") != MODEL_TYPE:
         raise BasedError(
             f"{folder} holds no model of ours (model_type is not {MODEL_TYPE!r}); "
             "`based convert` reads the official checkpoints"
@@ -88,27 +108,54 @@ def read_config(folder: Path) -> DecoderConfig:
 
 def _read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """All tensors of one safetensors file, or of the shards that an index names."""
-    files = [WEIGHTS]
-    if (folder / INDEX).exists():
-        files = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+    files, index = [WEIGHTS], folder / INDEX
+    if index.exists():
+        files = shards(read_json(index), index)
     for file in files:
-        try:
-            with safe_open(folder / file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 (not a mapping)
-                    yield name, opened.get_tensor(name)
-        except FileNotFoundError:
-            raise BasedError(f"{folder} has no weights: {file} is missing") from None
-        except SafetensorError as error:
-            raise BasedError(f"{folder / file} is damaged or truncated: {error}") from error
+        if not (folder / file).exists():
+            raise BasedError(f"{folder} has no weights: {file} is missing")
+        yield from read_safetensors(folder / file)
 
 
-def _check(model: Decoder, tensors: dict[str, Tensor], folder: Path) -> None:
+def read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of one file."""
+    try:
+        with safe_open(path, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 (not a mapping)
+                yield name, opened.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise BasedError(f"{path} is damaged or truncated: {error}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds."""
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise BasedError(f"{path} is not a model's configuration: {error}") from error
+    if not isinstance(values, dict):
+        raise BasedError(f"{path} is not a model's configuration: it holds no object")
+    return values
+
+
+def shards(index: Mapping[str, Any], path: Path) -> list[str]:
+    """The files that the index of a sharded checkpoint names; `path` is where it was read."""
+    try:
+        files = {str(file) for file in index["weight_map"].values()}
+    except (KeyError, AttributeError) as error:
+        raise BasedError(f"{path} is not an index of weights: it has no weight_map") from error
+    if any(Path(file).name != file for file in files):
+        raise BasedError(f"{path} names files outside its directory")
+    return sorted(files)
+
+
+def check_fits(model: Decoder, tensors: Mapping[str, Tensor], source: str | Path) -> None:
     """Refuses weights that are not exactly the model's."""
     wanted = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     got = {name: tuple(t.shape) for name, t in tensors.items()}
     for name in sorted(wanted.keys() | got.keys()):
         if wanted.get(name) != got.get(name):
             raise BasedError(
-                f"weights in {folder} do not fit its config: {name} is "
+                f"weights in {source} do not fit its config: {name} is "
                 f"{got.get(name, 'missing')}, the config wants {wanted.get(name, 'no such tensor')}"
             )

@@ -10,10 +10,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from based.mixers import Mixer, State, build_mixer
 from based.mixers.packing import Packing
 from based.models.config import DecoderConfig
+from based.ops.linear_cross_entropy import linear_cross_entropy
 
 
 class DecoderState(list[State]):
@@ -94,6 +96,9 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """Token ids in, next-token logits out; parallel over a sequence or token by token."""
 
+    #: Whether training computes each block's activations anew instead of keeping them.
+    recompute: bool = False
+
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
@@ -114,9 +119,9 @@ class Decoder(nn.Module):
             if isinstance(module, nn.Linear | nn.Embedding):
                 to_residual = name.endswith(("out_proj", "fc2"))
                 scale = (2 * len(self.blocks)) ** -0.5 if to_residual else 1.0
-                module.weight.normal_(std=std * scale)
+                nn.init.normal_(module.weight, std=std * scale)
             if isinstance(module, nn.Linear) and module.bias is not None:
-                module.bias.zero_()
+                nn.init.zeros_(module.bias)
 
     @property
     def device(self) -> torch.device:
@@ -160,7 +165,11 @@ class Decoder(nn.Module):
         x = self._embed(tokens)
         after = []
         for layer, block in enumerate(self.blocks):
-            x, layer_state = block(x, None if state is None else state[layer], cu_seqlens)
+            arguments = (x, None if state is None else state[layer], cu_seqlens)
+            if self.recompute:
+                x, layer_state = checkpoint(block, *arguments, use_reentrant=False)
+            else:
+                x, layer_state = block(*arguments)
             after.append(layer_state)
         x = self.norm(x)
         x = x if packing is None else packing.unpack(x)
@@ -170,14 +179,36 @@ class Decoder(nn.Module):
         """Next-token logits from final hidden states; the head is the embedding."""
         return F.linear(hidden, self.embedding.weight)
 
+    def loss(
+        self,
+        tokens: Int[Tensor, "B T"],
+        targets: Int[Tensor, "B T"],
+        state: DecoderState | None = None,
+        *,
+        cu_seqlens: Int[Tensor, " E"] | None = None,
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, "B T"], DecoderState | None]:
+        """Sum of the targets' losses (nats), each one's (without gradient), and the next state.
+
+        The logits of all positions are never in memory together.
+        """
+        x, state = self.hidden(tokens, state, cu_seqlens=cu_seqlens)
+        weight = self.embedding.weight
+        total, losses = linear_cross_entropy(x.flatten(0, 1), weight, targets.flatten())
+        return total, losses.view(targets.shape), state
+
     @torch.no_grad()
     def step(self, tokens: Int[Tensor, " B"], state: DecoderState) -> Float[Tensor, "B V"]:
         """Feeds one token to every row, changes the state in place, returns the next logits."""
+        return self.logits(self.step_hidden(tokens, state))
+
+    @torch.no_grad()
+    def step_hidden(self, tokens: Int[Tensor, " B"], state: DecoderState) -> Float[Tensor, "B C"]:
+        """As `step`, but returns the final hidden states, ready for `logits`."""
         x = self._embed(tokens)
         for block, layer_state in zip(self.blocks, state, strict=True):
             assert isinstance(block, Block)
             x = block.step(x, layer_state)
-        return self.logits(self.norm(x))
+        return self.norm(x)
 
     def init_state(self, batch_size: int, length: int = 0) -> DecoderState:
         """The state before the first token; `length` reserves room in states that grow."""

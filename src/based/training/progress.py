@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from based.evaluation import Perplexity
+from based.models.command import human
 from based.training.metrics import smoothed
 from based.training.trainer import Step
 
@@ -16,7 +17,7 @@ LINES = 20
 
 
 class TrainingProgress:
-    """A `Reporter` that shows loss, tokens a second and the time left."""
+    """A `Reporter` that shows loss, tokens a second, use of the GPU and the time left."""
 
     def __init__(self, console: Console, steps: int, name: str = "training") -> None:
         self._console, self._steps = console, steps
@@ -54,6 +55,10 @@ class TrainingProgress:
         self._losses = [*self._losses[-200:], step.loss]
         loss = smoothed(self._losses)[-1]
         numbers = f"loss {loss:.3f}  {step.tokens_per_second:,.0f} tokens/s"
+        if step.peak_share is not None:
+            numbers += f"  {step.peak_share:.0%} of peak"
+        if step.memory_bytes is not None:
+            numbers += f"  {human(step.memory_bytes)}"
         self._progress.update(self._task, completed=step.step, numbers=numbers)
         every = max(1, self._steps // LINES)
         if not self._live and (step.step % every == 0 or step.step == self._steps):

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from based.ops.chunks import to_chunks
 from based.ops.linear_attention.quadratic import SHORT, quadratic
 from based.ops.linear_attention.similarity import PRODUCT, Similarity
 from based.ops.precision import state_dtype, without_autocast
@@ -236,7 +237,7 @@ def _block(
     v = F.pad(v.to(state.dtype), (0, 1), value=1.0)
     if exists is not None:
         v = v * exists[:, None, None]
-    q, k, v = (_chunks(x.to(state.dtype), plan.chunk) for x in (q, k, v))
+    q, k, v = (to_chunks(x.to(state.dtype), plan.chunk) for x in (q, k, v))
     a = torch.tril(similarity.weights(q, k))
     added = similarity.key_features(k).transpose(-1, -2) @ v
     before, after = [], []
@@ -248,9 +249,3 @@ def _block(
     out = a @ v + similarity.query_features(q) @ torch.stack(before, dim=2)
     out = out.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, :tokens]
     return (out[..., :-1] / (out[..., -1:] + similarity.epsilon)).to(dtype), after
-
-
-def _chunks(x: Float[Tensor, "B T H D"], chunk: int) -> Float[Tensor, "B H M L D"]:
-    """Pads with zeros to whole chunks (M of L tokens): zero values leave the state alone."""
-    x = F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % chunk))
-    return x.unflatten(1, (-1, chunk)).permute(0, 3, 1, 2, 4)

@@ -1,11 +1,11 @@
 """Second-order Taylor linear attention (paper section 4.1, equation 4)."""
 
 from based.ops.precision import state_dtype
-from based.ops.taylor_linear_attention.chunked import (
+from based.ops.taylor_linear_attention.features import num_features
+from based.ops.taylor_linear_attention.operator import (
     taylor_linear_attention,
     taylor_linear_attention_outputs,
 )
-from based.ops.taylor_linear_attention.features import num_features
 from based.ops.taylor_linear_attention.step import taylor_linear_attention_step
 
 __all__ = [

@@ -14,6 +14,7 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -61,7 +62,7 @@ def time_ours(point: Point, recipe: Recipe, options: Options) -> dict[str, Any]:
     trainer = PointTrainer(point, lasting, torch.device(options.device))
     times = [time.perf_counter()]
     rows = trainer.train(on_epoch=lambda *_: times.append(time.perf_counter())) or []
-    epochs = [after - before for before, after in zip(times, times[1:], strict=False)]
+    epochs = [after - before for before, after in pairwise(times)]
     return _row(
         "ours",
         point,
@@ -122,9 +123,7 @@ def _row(
     }
 
 
-def _timed(
-    trainer: Any, name: str, seconds: list[float], metrics: list[dict[str, float]]
-) -> None:
+def _timed(trainer: Any, name: str, seconds: list[float], metrics: list[dict[str, float]]) -> None:
     method = getattr(trainer, name)
 
     def timed(epoch: int) -> Any:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from based.recall.architectures import ARCHITECTURES, build_model
 from based.recall.config import Point, Recipe
-from based.recall.mqar import Task
 from based.recall.model import RecallModel
+from based.recall.mqar import Task
 
 FILES = Path(__file__).parent / "zoology"
 NAMES = {

@@ -115,7 +115,7 @@ def small_recipe() -> Recipe:
         vocab_size=128,
         train=(Task(32, 4, 4096), Task(64, 8, 4096), Task(64, 16, 4096)),
         test=tuple(Task(length, pairs, 256) for length, pairs in ((32, 4), (64, 8), (64, 16))),
-        learning_rates=(3e-3, 1e-2),
-        epochs=8,
+        learning_rates=(1e-2,),
+        epochs=6,
         batch_size=64,
     )

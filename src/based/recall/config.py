@@ -85,6 +85,11 @@ class Recipe:
             raise BasedError("epochs and batch_size must be at least 1")
 
     @property
+    def is_published_task(self) -> bool:
+        """Whether results can stand beside the paper's: its data, however trained."""
+        return (self.vocab_size, self.train, self.test) == (8192, TRAIN, TEST)
+
+    @property
     def length(self) -> int:
         """Tokens of the longest sequence: where states are measured."""
         return max(task.length for task in (*self.train, *self.test))

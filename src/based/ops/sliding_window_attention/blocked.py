@@ -39,11 +39,10 @@ def sliding_window_attention(
         return q
     # A window wider than all keys would only meet padding.
     window = min(window, k.shape[1])
-    short = T <= min(SHORT, 2 * max(MIN_BLOCK, window - 1))
-    if short and P == 0 and past is None and cu_seqlens is None:
-        return _attend(q[:, None], k[:, None], v[:, None], _square(T, window, q.device), dropout)[
-            :, 0
-        ]
+    limit = min(SHORT, 2 * max(MIN_BLOCK, window - 1))
+    if limit >= T and P == 0 and past is None and cu_seqlens is None:
+        visible = _square(T, window, q.device)
+        return _attend(q[:, None], k[:, None], v[:, None], visible, dropout)[:, 0]
     block = min(max(MIN_BLOCK, window - 1), T)
     front = window - 1 - P
     q = _spans(F.pad(q, (0, 0, 0, 0, 0, -T % block)), block, block)

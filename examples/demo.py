@@ -119,8 +119,8 @@ def show_perplexities(console: Console, all_of_them: list[Contestant]) -> None:
     for other in all_of_them[1:]:
         console.print("  " + compare(first, other))
     console.print(
-        f"  (one training run each; another seed moves a model's loss by up to {SEED_NOISE} nats, so "
-        "a smaller difference counts as noise)\n"
+        f"  (one training run each; another seed moves a model's loss by up to {SEED_NOISE} nats, "
+        "so a smaller difference counts as noise)\n"
     )
 
 

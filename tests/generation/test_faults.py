@@ -31,7 +31,7 @@ def random_requests(engine: Engine, count: int, seed: int) -> list:
     chance = random.Random(seed)
     requests, alive = [], []
     while len(requests) < count or engine.busy:
-        if len(requests) < count and chance.random() < 0.5:
+        if len(requests) < count and len(alive) < 40 and chance.random() < 0.5:
             length = chance.choice([1, 2, 3, 7, 16, 17, 40])
             sampling = Sampling(
                 temperature=chance.choice([0.0, 0.7, 1.5]),

@@ -338,8 +338,8 @@ def show(console: Console, rows: list[dict[str, Any]]) -> None:
     table = Table(
         "model", "length", "tokens/s", "of peak", "memory", "of its speed at the shortest"
     )
-    first = {}
-    for row in sorted(rows, key=lambda row: ((*MODELS, row["model"])).index(row["model"])):
+    first: dict[str, float] = {}
+    for row in sorted(rows, key=lambda row: [*MODELS, row["model"]].index(row["model"])):
         speed = row["tokens_per_second"]
         base = first.setdefault(row["model"], speed)
         share, memory = row["peak_share"], row["memory_bytes"]

@@ -8,7 +8,7 @@ optimiser's state are sharded over all ranks (FSDP2).
 from __future__ import annotations
 
 import os
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -49,7 +49,10 @@ def lost_contact(error: BaseException) -> str | None:
     text = str(error)
     signs = ("gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe")
     known = isinstance(error, dist.DistError) or any(sign in text for sign in signs)
-    return text.splitlines()[0] if known and job_ranks() > 1 else None
+    # Without the library's own source line before, and its advice behind.
+    line = next(iter(text.splitlines()), "")
+    reason = line[line.find("] ") + 2 if line.startswith("[") else 0 :].split(". ")[0]
+    return reason if known and job_ranks() > 1 else None
 
 
 class Ranks:
@@ -75,12 +78,9 @@ class Ranks:
         if context_parallel > 1:
             mesh = self._mesh(self.data_ranks, context_parallel)
             self.context_group = mesh.get_group(1)
-        self.checkpoint_group: dist.ProcessGroup | None = None
-        if self.size > 1:
-            # Collectives of a checkpoint run beside those of the steps.
-            group = dist.new_group(backend="gloo")
-            assert isinstance(group, dist.ProcessGroup)
-            self.checkpoint_group = group
+        # Collectives of a checkpoint run beside those of the steps.
+        group: Any = dist.new_group(backend="gloo") if self.size > 1 else None
+        self.checkpoint_group: dist.ProcessGroup | None = group
 
     def sum(self, *values: torch.Tensor | float) -> list[float]:
         """Each value summed over all ranks."""

@@ -55,6 +55,26 @@ def write_rows(name: str, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
+def add_row(name: str, key: dict[str, Any], values: dict[str, Any]) -> None:
+    """Adds one row to NAME.jsonl at once, in the place of one with the same key and device."""
+    row = {**key, **values, **provenance()}
+    kept = [
+        other for other in read_rows(name) if not _same(other, {**key, "device": row["device"]})
+    ]
+    (RESULTS / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [*kept, row]))
+
+
+def has_row(name: str, key: dict[str, Any]) -> bool:
+    """Whether this device has measured that already, at this commit."""
+    common = provenance()
+    wanted = {**key, "device": common["device"], "commit": common["commit"]}
+    return any(_same(row, wanted) for row in read_rows(name))
+
+
+def _same(row: dict[str, Any], key: dict[str, Any]) -> bool:
+    return all(row.get(name) == value for name, value in key.items())
+
+
 def read_rows(name: str) -> list[dict[str, Any]]:
     """All rows of NAME.jsonl; none if there is no such file."""
     path = RESULTS / f"{name}.jsonl"

@@ -5,9 +5,11 @@ import torch
 
 from based.data import train_tokenizer
 from based.errors import BasedError
-from based.generation import Sampling, generate, prefill, sample, stream, stream_text
+from based.generation import Engine, EngineConfig, Sampling, generate, prefill, stream, stream_text
+from based.generation.sampling import sampling_rows
 from based.generation.text import until_stop
 from based.models import Decoder, preset
+from based.ops.token_sampling import sample_tokens
 
 EOS = 0
 
@@ -32,13 +34,14 @@ def by_whole_sequences(model, prompt, count) -> list[int]:
     return tokens[len(prompt) :]
 
 
-def test_greedy_is_the_parallel_form_token_by_token(model, monkeypatch) -> None:
-    monkeypatch.setattr("based.generation.decoding.PREFILL_CHUNK", 7)
+def test_greedy_is_the_parallel_form_token_by_token(model) -> None:
     prompt = torch.randint(1, 60, (40,)).tolist()
     greedy = Sampling(temperature=0.0, max_new_tokens=30)
     want = by_whole_sequences(model, prompt, 30)
     want = want[: want.index(EOS)] if EOS in want else want
     assert list(stream(model, prompt, greedy, EOS)) == want
+    engine = Engine(model, EngineConfig(slots=1, prefill_chunk=7), eos_id=EOS)
+    assert list(engine.stream(engine.submit(prompt, greedy))) == want
     assert len(set(want)) > 2
 
 
@@ -73,10 +76,10 @@ def test_memory_does_not_grow_with_what_is_generated() -> None:
 
 def test_sampling_draws_from_the_distribution_it_promises() -> None:
     logits = torch.tensor([2.0, 1.0, 0.5, -1.0, -8.0])
-    generator = torch.Generator().manual_seed(0)
 
     def frequencies(sampling) -> torch.Tensor:
-        drawn = torch.stack([sample(logits, sampling, generator) for _ in range(4000)])
+        rows = sampling_rows([sampling] * 4000, range(4000), 5, logits.device)
+        drawn = sample_tokens(logits.expand(4000, -1), rows).tokens
         return torch.bincount(drawn, minlength=5) / 4000
 
     p = logits.softmax(-1)

@@ -34,7 +34,10 @@ OPTIONS: dict[str, list[dict[str, int | float | str]]] = {
         {"num_heads": 2, "feature_dim": 3, "feature_map": "cosformer", "max_length": 320},
         {"num_heads": 2, "feature_dim": 3, "feature_map": "performer", "num_features": 7},
     ],
-    "softmax_attention": [{"num_heads": 2}, {"num_heads": 3, "rotary_fraction": 0.5}],
+    "softmax_attention": [
+        {"num_heads": 2},
+        {"num_heads": 4, "num_kv_heads": 2, "rotary_fraction": 0.5},
+    ],
     "mamba": [{"state_size": 3}],
     "mamba2": [{"state_size": 5, "head_dim": 12}],
     "rwkv5": [{"head_dim": 4}],
@@ -249,6 +252,22 @@ def test_measured_state_bytes_are_the_declared_ones(name, options, dtype) -> Non
         assert state.nbytes == BATCH * mixer.state_bytes(length + 1, dtype)
         declared.append(mixer.state_bytes(length, dtype))
     assert (len(set(declared)) == 1) == mixer.fixed_state
+
+
+@every_mixer
+def test_deferred_updates_make_the_same_state(name, options) -> None:
+    """Rows begin a step apart, so that what is deferred falls due at different times."""
+    mixer, x = make(name, options), inputs(length=11)
+    want, state = mixer.init_state(BATCH, 16), mixer.init_state(BATCH, 16, recent=4)
+    for t in range(11):
+        rows = 1 if t == 0 else BATCH
+        expected, got = (
+            by_steps(mixer, x[:rows, t : t + 1], stored.narrow(0, rows)) for stored in (want, state)
+        )
+        assert_same(got, expected)
+        settled = state.clone()
+        mixer.settle(settled)
+        assert_same_state(State({key: settled[key] for key in want}), want)
 
 
 @every_mixer

@@ -2,32 +2,35 @@ import pytest
 import torch
 
 from based.ops.selective_scan import selective_scan
+from based.ops.selective_scan.triton import selective_scan_kernel
+
+# Without a GPU the kernels are interpreted.
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.mark.parametrize(("length", "channels", "states"), [(1, 5, 3), (16, 32, 4), (37, 40, 6)])
 def test_the_kernels_are_the_scan_and_its_gradients(
-    interpreted, length: int, channels: int, states: int
+    length: int, channels: int, states: int
 ) -> None:
-    kernel = interpreted("based.ops.selective_scan.triton").selective_scan_kernel
     shapes = [(length, channels), (length, channels), (length, states), (length, states)]
     x, delta, b, c = (torch.randn(2, *shape) for shape in shapes)
     A, state = -3 * torch.rand(channels, states), torch.randn(2, channels, states)
     given = [x, delta.abs() * 0.3, A, b, c, state]
-    mine = [tensor.clone().requires_grad_() for tensor in given]
+    mine = [tensor.clone().to(DEVICE).requires_grad_() for tensor in given]
     exact = [tensor.double().requires_grad_() for tensor in given]
     weights = [torch.randn(2, length, channels), torch.randn(2, channels, states)]
 
     def weighed(outputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        return sum((y * w.to(y.dtype)).sum() for y, w in zip(outputs, weights, strict=True))
+        return sum((y * w.to(y)).sum() for y, w in zip(outputs, weights, strict=True))
 
-    got = kernel(mine[0], mine[1], mine[2].expand(2, -1, -1), *mine[3:])
+    got = selective_scan_kernel(mine[0], mine[1], mine[2].expand(2, -1, -1), *mine[3:])
     want = selective_scan(*exact)
     for one, other in zip(got, want, strict=True):
-        torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(one.cpu().double(), other, rtol=1e-5, atol=1e-5)
     got_gradients = torch.autograd.grad(weighed(got), mine)
     want_gradients = torch.autograd.grad(weighed(want), exact)
     for one, other in zip(got_gradients, want_gradients, strict=True):
-        assert (one - other).abs().max() < 1e-5 * other.abs().max().clamp(min=1)
+        assert (one.cpu() - other).abs().max() < 1e-5 * other.abs().max().clamp(min=1)
 
 
 def test_rows_of_different_models_are_one_batch() -> None:

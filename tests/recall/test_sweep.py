@@ -211,6 +211,9 @@ def test_the_picture_and_the_table(tmp_path: Path) -> None:
     assert based["published"] == 0.913
     assert based["on_frontier"]
     assert not lines["mamba, d 64"]["on_frontier"]
+    (picture, _) = draw(rows, tmp_path / "other.png", beside_published=False)
+    assert picture.stat().st_size < paths[0].stat().st_size
+    assert "| 2 |  |" in markdown(rows, beside_published=False)
     text = markdown(rows)
     assert (
         "| **based, d 64, feature_dim 16** | 40,292 | 0.890 (0.870 to 0.910) | 2 | 0.913 |" in text
@@ -231,6 +234,10 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     assert {one["seed"] for one in rows} == {123, 7}
     main(["recall", "plot", out])
     assert (Path(out) / "frontier.svg").exists()
+    capsys.readouterr()
+    main(["recall", "plot", out, "--against", out])
+    shown = capsys.readouterr().out
+    assert shown.count("+0.000") == len({one["point"] for one in rows})
     assert "| configuration |" in (Path(out) / "frontier.md").read_text()
 
 

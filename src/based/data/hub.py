@@ -39,7 +39,7 @@ class HubDataset:
             reason = str(error).strip().splitlines()[0]
             raise BasedError(f"could not read dataset {self.name}: {reason}") from error
 
-    def _rows(self) -> Iterator[dict[str, Any]]:
+    def _rows(self) -> Iterator[Any]:
         try:
             import datasets
         except ImportError:

@@ -1,7 +1,20 @@
-"""Generation on the constant-size state: sampling, prefill and the token-by-token loop."""
+"""Generation on the constant-size state: the engine, sampling, and one-call helpers."""
 
-from based.generation.decoding import generate, prefill, stream
-from based.generation.sampling import Sampling, sample
-from based.generation.text import stream_text
+from based.generation.config import EngineConfig
+from based.generation.decoding import generate, stream, stream_text
+from based.generation.engine import Engine
+from based.generation.prefill import prefill
+from based.generation.request import Generation, Snapshot
+from based.generation.sampling import Sampling
 
-__all__ = ["Sampling", "generate", "prefill", "sample", "stream", "stream_text"]
+__all__ = [
+    "Engine",
+    "EngineConfig",
+    "Generation",
+    "Sampling",
+    "Snapshot",
+    "generate",
+    "prefill",
+    "stream",
+    "stream_text",
+]

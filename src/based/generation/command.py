@@ -45,8 +45,8 @@ class Generate:
 def run(config: Generate) -> None:
     """Prints the prompt and then its continuation, piece by piece."""
     from based.data.tokenizer import Tokenizer
+    from based.generation.decoding import stream_text
     from based.generation.sampling import Sampling
-    from based.generation.text import stream_text
     from based.models import load_model
     from based.models.checkpoint import model_folder
     from based.models.device import pick_device

@@ -1,12 +1,13 @@
 """How the next token is chosen from the logits."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
 from based.errors import BasedError
+from based.ops.token_sampling import SamplingRows
 
 
 @dataclass(frozen=True)
@@ -39,23 +40,28 @@ class Sampling:
         if "" in self.stop:
             raise BasedError("a stop string is empty; it would end every text at once")
 
-    def generator(self, device: torch.device) -> torch.Generator:
-        """A random generator at the request's seed."""
-        return torch.Generator(device).manual_seed(self.seed)
+
+def sampling_rows(
+    samplings: Sequence[Sampling],
+    positions: Sequence[int],
+    vocab_size: int,
+    device: torch.device,
+) -> SamplingRows:
+    """The options of several requests, a row each; row i is at draw positions[i] of its seed."""
+    # Seeds are taken modulo 2^64, as a signed integer stores them.
+    seeds = [(s.seed + 2**63) % 2**64 - 2**63 for s in samplings]
+    columns = (
+        torch.tensor([s.temperature for s in samplings], dtype=torch.float32),
+        torch.tensor([s.top_k or vocab_size for s in samplings]),
+        torch.tensor([s.top_p for s in samplings], dtype=torch.float32),
+        torch.tensor(seeds),
+        torch.tensor(list(positions)),
+    )
+    return SamplingRows(*(to_device(column, device) for column in columns))
 
 
-def sample(
-    logits: Float[Tensor, " V"], sampling: Sampling, generator: torch.Generator
-) -> Int[Tensor, ""]:
-    """Draws one token id."""
-    if sampling.temperature == 0:
-        return logits.argmax()
-    logits = logits.double() / sampling.temperature
-    logits, ids = logits.sort(descending=True, stable=True)
-    if sampling.top_k is not None:
-        logits, ids = logits[: sampling.top_k], ids[: sampling.top_k]
-    probabilities = logits.softmax(dim=-1)
-    # A token stays if those before it do not reach top_p: the first always does.
-    before = probabilities.cumsum(-1) - probabilities
-    probabilities = probabilities.where(before < sampling.top_p, 0)
-    return ids[torch.multinomial(probabilities, 1, generator=generator)[0]]
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device that does not wait for what the device is doing."""
+    if device.type != "cuda":
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)

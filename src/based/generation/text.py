@@ -1,49 +1,73 @@
-"""From prompt text to streamed text: decoding of partial characters, stop strings."""
+"""From tokens to text as they come: decoding of partial characters, stop strings."""
 
 from collections.abc import Iterable, Iterator
 
 from based.data.tokenizer import StreamDecoder, Tokenizer
-from based.generation.decoding import stream
-from based.generation.sampling import Sampling
-from based.models import Decoder
 
 
-def stream_text(
-    model: Decoder, tokenizer: Tokenizer, prompt: str, sampling: Sampling
-) -> Iterator[str]:
-    """Yields the continuation of `prompt` in pieces, as soon as each is certain."""
-    tokens = stream(model, tokenizer.encode(prompt), sampling, tokenizer.eos_id)
-    return until_stop(_decoded(tokens, tokenizer), sampling.stop)
-
-
-def until_stop(pieces: Iterable[str], stop: tuple[str, ...]) -> Iterator[str]:
-    """The pieces' text up to the first stop string, which is not part of it.
+class StopStrings:
+    """Lets text through up to the first stop string, which is not part of it.
 
     Text that may turn out to begin a stop string is held back until it cannot.
     """
-    held = ""
-    for piece in pieces:
-        held += piece
-        ends = [found for s in stop if (found := held.find(s)) >= 0]
+
+    def __init__(self, stop: tuple[str, ...]) -> None:
+        self._stop, self._held, self.found = stop, "", False
+
+    def feed(self, piece: str) -> str:
+        """The text that is certain now; `found` says whether it is the last."""
+        held = self._held + piece
+        ends = [found for s in self._stop if (found := held.find(s)) >= 0]
         if ends:
-            yield held[: min(ends)]
+            self._held, self.found = "", True
+            return held[: min(ends)]
+        keep = max((_overlap(held, s) for s in self._stop), default=0)
+        self._held = held[len(held) - keep :]
+        return held[: len(held) - keep]
+
+    def flush(self) -> str:
+        """What was held back, at the end of the text."""
+        held, self._held = self._held, ""
+        return held
+
+
+class TextStream:
+    """The text of one sequence's tokens, with its stop strings; `take` reads it."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = ()) -> None:
+        self._decoder, self._stop = StreamDecoder(tokenizer), StopStrings(stop)
+        self._ready = ""
+
+    def feed(self, token: int) -> bool:
+        """Adds a token; whether its text completes a stop string."""
+        self._ready += self._stop.feed(self._decoder.feed(token))
+        return self._stop.found
+
+    def finish(self) -> None:
+        """The sequence has ended: what was held back is certain."""
+        if not self._stop.found:
+            self._ready += self._stop.feed(self._decoder.flush())
+        self._ready += self._stop.flush()
+
+    def take(self) -> str:
+        """The text that has become certain since the last call."""
+        ready, self._ready = self._ready, ""
+        return ready
+
+
+def until_stop(pieces: Iterable[str], stop: tuple[str, ...]) -> Iterator[str]:
+    """The pieces' text up to the first stop string, piece by piece as each becomes certain."""
+    strings = StopStrings(stop)
+    for piece in pieces:
+        if text := strings.feed(piece):
+            yield text
+        if strings.found:
             return
-        keep = max((_overlap(held, s) for s in stop), default=0)
-        if keep < len(held):
-            yield held[: len(held) - keep]
-            held = held[len(held) - keep :]
-    if held:
-        yield held
+    if text := strings.flush():
+        yield text
 
 
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that begins `stop`."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
-
-
-def _decoded(tokens: Iterator[int], tokenizer: Tokenizer) -> Iterator[str]:
-    decoder = StreamDecoder(tokenizer)
-    for token in tokens:
-        yield decoder.feed(token)
-    yield decoder.flush()

@@ -115,15 +115,29 @@ class Mixer(nn.Module, ABC):
         """One state with the rows of all; overridden where rows can differ in size."""
         return State.concatenate(states)
 
-    def init_state(self, batch_size: int, length: int = 0) -> State:
-        """The state before the first token, with room for `length` tokens where it grows."""
+    def decode_spec(self, length: int, dtype: torch.dtype, recent: int) -> dict[str, TensorSpec]:
+        """`state_spec`, and what `step` needs to defer updates by up to `recent` tokens.
+
+        Overridden where that makes decoding faster; `settle` then catches up.
+        """
+        return self.state_spec(length, dtype)
+
+    def settle(self, state: State) -> None:
+        """Gives the tensors of `state_spec` their canonical values, in place."""
+        return
+
+    def init_state(self, batch_size: int, length: int = 0, recent: int = 0) -> State:
+        """The state before the first token, with room for `length` tokens where it grows.
+
+        Its updates may lag by up to `recent` tokens: see `decode_spec`.
+        """
         like = next(self.parameters())
         return State(
             {
                 name: torch.zeros(
                     (batch_size, *spec.shape), dtype=spec.dtype or like.dtype, device=like.device
                 )
-                for name, spec in self.state_spec(length, like.dtype).items()
+                for name, spec in self.decode_spec(length, like.dtype, recent).items()
             }
         )
 

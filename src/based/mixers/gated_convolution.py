@@ -7,7 +7,10 @@ from torch.nn import functional as F
 
 from based.mixers.base import Mixer, TensorSpec, at_least_one
 from based.mixers.state import State
-from based.ops.gated_short_convolution import gated_short_convolution
+from based.ops.gated_short_convolution import (
+    gated_short_convolution,
+    gated_short_convolution_step,
+)
 
 
 class GatedConvolution(Mixer):
@@ -62,7 +65,6 @@ class GatedConvolution(Mixer):
         return State(inputs=inputs[:, new:])
 
     def step(self, x: Float[Tensor, "B C"], state: State) -> Float[Tensor, "B C"]:
-        y, after = self.mix(x[:, None], state)
-        if after is not None:
-            state["inputs"].copy_(after["inputs"])
-        return y[:, 0]
+        inputs, gate = self.in_proj(x).chunk(2, dim=-1)
+        weight = self.conv_weight.to(inputs.dtype)
+        return self.out_proj(gated_short_convolution_step(inputs, gate, weight, state["inputs"]))

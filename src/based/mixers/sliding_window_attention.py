@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from based.mixers.base import Mixer, TensorSpec, at_least_one, probability, split_heads
 from based.mixers.state import State
 from based.ops.packed import positions
-from based.ops.rotary import inverse_frequencies, rotate
-from based.ops.sliding_window_attention import sliding_window_attention
+from based.ops.rotary import frequencies_on, rotate
+from based.ops.sliding_window_attention import attention_step, sliding_window_attention
 
 
 class SlidingWindowAttention(Mixer):
@@ -72,17 +72,10 @@ class SlidingWindowAttention(Mixer):
         return self.out_proj(out.flatten(-2)), None
 
     def step(self, x: Float[Tensor, "B C"], state: State) -> Float[Tensor, "B C"]:
-        seen = state["length"]
-        q, k, v = (y[:, 0] for y in self._project(x[:, None], seen[:, None]))
-        row = torch.arange(x.shape[0], device=x.device)
-        state["keys"][row, seen % self.window] = k
-        state["values"][row, seen % self.window] = v
-        visible = self._slots(x) <= seen[:, None]
-        scores = torch.einsum("bhd,bwhd->bhw", q, state["keys"]) * self.head_dim**-0.5
-        weights = scores.float() if x.dtype != torch.float64 else scores
-        weights = weights.masked_fill(~visible[:, None], float("-inf")).softmax(dim=-1)
-        out = torch.einsum("bhw,bwhd->bhd", weights.to(v.dtype), state["values"])
-        seen += 1
+        q, k, v = self._heads(x)
+        cache = state["keys"], state["values"], state["length"]
+        frequencies = frequencies_on(x.device, self.head_dim, self.rotary_fraction)
+        out = attention_step(q, k, v, *cache, frequencies)
         return self.out_proj(out.flatten(-2))
 
     def _attend(
@@ -118,9 +111,12 @@ class SlidingWindowAttention(Mixer):
         keys = window - window * (window - 1) / (2 * length)
         return round(4 * keys * self.num_heads * self.head_dim)
 
+    def _heads(self, x: Float[Tensor, "... C"]) -> tuple[Tensor, ...]:
+        return self.qkv_proj(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
+
     def _project(self, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = self.qkv_proj(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
-        frequencies = inverse_frequencies(self.head_dim, self.rotary_fraction, device=x.device)
+        q, k, v = self._heads(x)
+        frequencies = frequencies_on(x.device, self.head_dim, self.rotary_fraction)
         return rotate(q, position, frequencies), rotate(k, position, frequencies), v
 
     def _slots(self, x: Tensor) -> Int[Tensor, " W"]:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from based.mixers.base import Mixer, TensorSpec, probability, split_heads
 from based.mixers.paging import append, grow, paged
 from based.mixers.state import State
-from based.ops.rotary import inverse_frequencies, rotate
+from based.ops.rotary import frequencies_on, rotate
+from based.ops.sliding_window_attention import attention_step
 from based.ops.softmax_attention import softmax_attention
 
 CACHE = ("keys", "values")
@@ -20,8 +21,11 @@ class SoftmaxAttention(Mixer):
     """Causal attention over all keys; `rotary_fraction` of each head is rotated.
 
     The state is the cache of rotated keys and values, in whole pages of 256
-    tokens, and the number of tokens seen: it grows with length. `attention_dropout`
-    drops attention weights, in training alone; `bias` is on all projections.
+    tokens, and the number of tokens seen: it grows with length, unless the state's
+    `room` says that it is large enough. `num_kv_heads` heads of keys and values,
+    as many as queries if None, are shared by equal groups of query heads.
+    `attention_dropout` drops attention weights, in training alone; `bias` is on
+    all projections.
     """
 
     fixed_state: ClassVar[bool] = False
@@ -33,17 +37,21 @@ class SoftmaxAttention(Mixer):
         rotary_fraction: float = 1.0,
         attention_dropout: float = 0.0,
         bias: bool = False,
+        num_kv_heads: int | None = None,
     ) -> None:
         super().__init__()
         probability(attention_dropout=attention_dropout)
         self.num_heads, self.rotary_fraction = num_heads, rotary_fraction
         self.attention_dropout = attention_dropout
+        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.head_dim = split_heads(hidden_size, num_heads)
-        self.qkv_proj = nn.Linear(hidden_size, 3 * hidden_size, bias=bias)
+        split_heads(num_heads, self.num_kv_heads)
+        heads = num_heads + 2 * self.num_kv_heads
+        self.qkv_proj = nn.Linear(hidden_size, heads * self.head_dim, bias=bias)
         self.out_proj = nn.Linear(hidden_size, hidden_size, bias=bias)
 
     def state_spec(self, length: int, dtype: torch.dtype) -> dict[str, TensorSpec]:
-        cache = TensorSpec((paged(length), self.num_heads, self.head_dim))
+        cache = TensorSpec((paged(length), self.num_kv_heads, self.head_dim))
         return {"keys": cache, "values": cache, "length": TensorSpec((), torch.long)}
 
     def mix(
@@ -66,17 +74,16 @@ class SoftmaxAttention(Mixer):
         return self.out_proj(out.flatten(-2)), after
 
     def step(self, x: Float[Tensor, "B C"], state: State) -> Float[Tensor, "B C"]:
-        seen = state["length"]
-        end = int(seen.max()) + 1
-        q, k, v = self._project(x[:, None], seen[:, None])
-        if end > state["keys"].shape[1]:
-            state.update(grow(state, CACHE, end))
-        row = torch.arange(x.shape[0], device=x.device)
-        state["keys"][row, seen] = k[:, 0]
-        state["values"][row, seen] = v[:, 0]
-        out = softmax_attention(q, state["keys"][:, :end], state["values"][:, :end], seen)
-        seen += 1
-        return self.out_proj(out[:, 0].flatten(-2))
+        if state.room < 1:
+            longest = int(state["length"].max()) if x.shape[0] else 0
+            state.update(grow(state, CACHE, longest + 1))
+            state.room = state["keys"].shape[1] - longest
+        state.room -= 1
+        frequencies = frequencies_on(x.device, self.head_dim, self.rotary_fraction)
+        q, k, v = self._heads(x)
+        cache = state["keys"], state["values"], state["length"]
+        out = attention_step(q, k, v, *cache, frequencies)
+        return self.out_proj(out.flatten(-2))
 
     def join_states(self, states: Sequence[State]) -> State:
         capacity = max(state["keys"].shape[1] for state in states)
@@ -100,6 +107,10 @@ class SoftmaxAttention(Mixer):
         return 2 * (length + 1) * self.num_heads * self.head_dim
 
     def _project(self, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = self.qkv_proj(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
-        frequencies = inverse_frequencies(self.head_dim, self.rotary_fraction, device=x.device)
+        q, k, v = self._heads(x)
+        frequencies = frequencies_on(x.device, self.head_dim, self.rotary_fraction)
         return rotate(q, position, frequencies), rotate(k, position, frequencies), v
+
+    def _heads(self, x: Float[Tensor, "... C"]) -> tuple[Tensor, ...]:
+        heads = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
+        return heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=-2)

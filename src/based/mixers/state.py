@@ -16,6 +16,10 @@ class State(dict[str, Tensor]):
     what a snapshot stores. `Mixer.step` changes it in place.
     """
 
+    #: Tokens that may be stepped before a state that grows must look at its lengths again
+    #: (which waits for a GPU); infinite where it must never grow.
+    room: float = 0
+
     @property
     def batch_size(self) -> int:
         """Number of sequences (rows)."""
@@ -39,6 +43,12 @@ class State(dict[str, Tensor]):
         """Returns the given rows to the state before the first token (all zeros), in place."""
         for tensor in self.values():
             tensor.index_fill_(0, rows, 0)
+
+    def narrow(self, first: int, count: int) -> State:
+        """A view of `count` rows from `first` on; what changes one changes the other."""
+        view = State({name: tensor.narrow(0, first, count) for name, tensor in self.items()})
+        view.room = self.room
+        return view
 
     def clone(self) -> State:
         """A copy that shares no memory."""

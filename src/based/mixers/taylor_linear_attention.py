@@ -7,9 +7,11 @@ from torch import Tensor, nn
 from based.mixers.base import Mixer, TensorSpec, at_least_one, split_heads
 from based.mixers.state import State
 from based.ops.taylor_linear_attention import (
+    fold_recent,
     num_features,
     state_dtype,
     taylor_linear_attention,
+    taylor_linear_attention_deferred_step,
     taylor_linear_attention_outputs,
     taylor_linear_attention_step,
 )
@@ -65,10 +67,28 @@ class TaylorLinearAttention(Mixer):
             after = State(numerator=numerator, denominator=denominator)
         return self.out_proj(out.flatten(-2)), after
 
+    def decode_spec(self, length: int, dtype: torch.dtype, recent: int) -> dict[str, TensorSpec]:
+        spec = self.state_spec(length, dtype)
+        if recent:
+            ring = (recent, self.num_heads)
+            spec["recent_keys"] = TensorSpec((*ring, self.feature_dim))
+            spec["recent_values"] = TensorSpec((*ring, self.head_dim))
+            spec["seen"] = TensorSpec((), torch.long)
+        return spec
+
+    def settle(self, state: State) -> None:
+        if "seen" in state:
+            keys, values = state["recent_keys"], state["recent_values"]
+            held = state["seen"] % keys.shape[1]
+            fold_recent(state["numerator"], state["denominator"], keys, values, held)
+            state["seen"].zero_()
+
     def step(self, x: Float[Tensor, "B C"], state: State) -> Float[Tensor, "B C"]:
-        out = taylor_linear_attention_step(
-            *self._project(x), state["numerator"], state["denominator"]
-        )
+        q, k, v = self._project(x)
+        if "seen" in state:
+            out = taylor_linear_attention_deferred_step(q, k, v, **state)
+        else:
+            out = taylor_linear_attention_step(q, k, v, **state)
         return self.out_proj(out.flatten(-2))
 
     def segment_state(self, x: Float[Tensor, "B T C"], position: int) -> State:

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from based.mixers import Mixer, State, build_mixer
 from based.mixers.packing import Packing
 from based.models.config import DecoderConfig
+from based.ops.elementwise import add_rms_norm, swiglu
 from based.ops.linear_cross_entropy import linear_cross_entropy
 
 
@@ -29,6 +30,10 @@ class DecoderState(list[State]):
     def select(self, rows: Int[Tensor, " R"]) -> DecoderState:
         """A copy of the given rows, in that order (repeats allowed)."""
         return DecoderState(state.select(rows) for state in self)
+
+    def narrow(self, first: int, count: int) -> DecoderState:
+        """A view of `count` rows from `first` on."""
+        return DecoderState(state.narrow(first, count) for state in self)
 
     def clone(self) -> DecoderState:
         """A copy that shares no memory."""
@@ -47,6 +52,12 @@ class RMSNorm(nn.Module):
         weight = self.weight.to(x.dtype)
         return F.rms_norm(x, weight.shape, weight, self.eps).to(self.weight.dtype)
 
+    def add(
+        self, x: Float[Tensor, "B C"], branch: Float[Tensor, "B C"] | None
+    ) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B C"]]:
+        """x + branch, and that normalised; in a decode step, one kernel. No gradients."""
+        return add_rms_norm(x, branch, self.weight, self.eps)
+
 
 class SwiGLU(nn.Module):
     """fc2(value * silu(gate)), value the first half of fc1's output and gate the second."""
@@ -60,6 +71,10 @@ class SwiGLU(nn.Module):
         """Acts on each token alone."""
         value, gate = self.fc1(x).chunk(2, dim=-1)
         return self.fc2(value * F.silu(gate))
+
+    def step(self, x: Float[Tensor, "B C"]) -> Float[Tensor, "B C"]:
+        """The same of one token a row, in fewer kernels. No gradients."""
+        return self.fc2(swiglu(self.fc1(x)))
 
 
 class Block(nn.Module):
@@ -85,9 +100,19 @@ class Block(nn.Module):
         mixed, state = self.mixer(self.mixer_norm(x), state, cu_seqlens)
         return self._mlp(x + mixed), state
 
-    def step(self, x: Float[Tensor, "B C"], state: State) -> Float[Tensor, "B C"]:
-        """One token for every row; changes the state in place."""
-        return self._mlp(x + self.mixer.step(self.mixer_norm(x), state))
+    def step(
+        self, x: Float[Tensor, "B C"], branch: Float[Tensor, "B C"] | None, state: State
+    ) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B C"]]:
+        """One token for every row; changes the state in place.
+
+        The residual stream comes and goes as a sum, x + branch, that the next norm adds up.
+        """
+        x, normed = self.mixer_norm.add(x, branch)
+        mixed = self.mixer.step(normed, state)
+        if not self.has_mlp:
+            return x, mixed
+        x, normed = self.mlp_norm.add(x, mixed)
+        return x, self.mlp.step(normed)
 
     def _mlp(self, x: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
         return x + self.mlp(self.mlp_norm(x)) if self.has_mlp else x
@@ -204,15 +229,15 @@ class Decoder(nn.Module):
     @torch.no_grad()
     def step_hidden(self, tokens: Int[Tensor, " B"], state: DecoderState) -> Float[Tensor, "B C"]:
         """As `step`, but returns the final hidden states, ready for `logits`."""
-        x = self._embed(tokens)
+        x, branch = self._embed(tokens), None
         for block, layer_state in zip(self.blocks, state, strict=True):
             assert isinstance(block, Block)
-            x = block.step(x, layer_state)
-        return self.norm(x)
+            x, branch = block.step(x, branch, layer_state)
+        return self.norm.add(x, branch)[1]
 
-    def init_state(self, batch_size: int, length: int = 0) -> DecoderState:
-        """The state before the first token; `length` reserves room in states that grow."""
-        return DecoderState(mixer.init_state(batch_size, length) for mixer in self.mixers())
+    def init_state(self, batch_size: int, length: int = 0, recent: int = 0) -> DecoderState:
+        """The state before the first token; see `Mixer.init_state`."""
+        return DecoderState(mixer.init_state(batch_size, length, recent) for mixer in self.mixers())
 
     def state_bytes(self, length: int, dtype: torch.dtype | None = None) -> int:
         """Bytes that one sequence's state occupies after `length` tokens."""

@@ -52,15 +52,19 @@ def transformer_model(
     intermediate_size: int,
     *,
     rotary_fraction: float = 0.5,
+    num_kv_heads: int | None = None,
     vocab_size: int = 50272,
 ) -> DecoderConfig:
     """Transformer++: rotary softmax attention and SwiGLU in every layer."""
+    options: dict[str, float] = {"num_heads": num_heads, "rotary_fraction": rotary_fraction}
+    if num_kv_heads is not None:
+        options["num_kv_heads"] = num_kv_heads
     return DecoderConfig(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
         mixers=(SOFTMAX,) * num_layers,
-        mixer_options={SOFTMAX: {"num_heads": num_heads, "rotary_fraction": rotary_fraction}},
+        mixer_options={SOFTMAX: options},
     )
 
 
@@ -113,6 +117,11 @@ def attn_1_3b_hd128() -> DecoderConfig:
     return transformer_model(1664, 36, num_heads=13, intermediate_size=4608)
 
 
+def attn_1_3b_gqa() -> DecoderConfig:
+    """Transformer++ at 1.3B whose 14 query heads share 2 heads of keys and values."""
+    return transformer_model(1792, 36, num_heads=14, intermediate_size=4992, num_kv_heads=2)
+
+
 def mamba_360m() -> DecoderConfig:
     """The official Mamba baseline at 360M."""
     return mamba_model(1024, 46)
@@ -147,6 +156,7 @@ PRESETS: dict[str, Callable[..., DecoderConfig]] = {
     "attn-360m": attn_360m,
     "attn-1.3b": attn_1_3b,
     "attn-1.3b-hd128": attn_1_3b_hd128,
+    "attn-1.3b-gqa": attn_1_3b_gqa,
     "mamba-360m": mamba_360m,
     "mamba-1.3b": mamba_1_3b,
     "based-tiny": based_tiny,

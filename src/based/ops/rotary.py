@@ -8,6 +8,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+# A plain dictionary, because torch.compile reads one, and calls an lru_cache anew.
+_FREQUENCIES: dict[tuple[str, int, float], Tensor] = {}
+
 
 def inverse_frequencies(
     head_dim: int,
@@ -24,6 +27,18 @@ def inverse_frequencies(
     width = int(head_dim * fraction)
     exponents = torch.arange(0, width, 2, dtype=torch.float64, device=device) / max(width, 1)
     return base**-exponents
+
+
+def frequencies_on(
+    device: torch.device, head_dim: int, fraction: float = 1.0
+) -> Float[Tensor, " R"]:
+    """`inverse_frequencies` on a device, made once: a copy there would wait for it."""
+    key = (str(device), head_dim, fraction)
+    if key not in _FREQUENCIES:
+        # Kept for training too, so never an inference tensor.
+        with torch.inference_mode(False):
+            _FREQUENCIES[key] = inverse_frequencies(head_dim, fraction).to(device)
+    return _FREQUENCIES[key]
 
 
 def rotate(

@@ -82,6 +82,8 @@ class Plot:
 
     out: Annotated[Path, tyro.conf.Positional]
     """Directory of a sweep."""
+    against: Path | None = None
+    """Compare with another sweep's results, say in other arithmetic, instead."""
 
 
 @dataclass(frozen=True)
@@ -125,8 +127,8 @@ def run(options: Run | Sweep | Plot | Demo | Capacity) -> None:
             _run(options, console)
         case Sweep():
             _sweep(options, console)
-        case Plot():
-            _plot(options.out, console)
+        case Plot(out, against):
+            _plot(out, console) if against is None else _compare(out, against, console)
         case Demo():
             _demo(options, console)
         case Capacity():
@@ -266,28 +268,51 @@ def _describe(row: Row) -> str:
 
 def _plot(out: Path, console: Console) -> None:
     from based.recall.plot import draw, markdown
+
+    rows = _rows_of(out)
+    beside = _recipe_of(out).is_published_task
+    paths = draw(rows, out / "frontier.png", beside)
+    (out / "frontier.md").write_text(markdown(rows, beside))
+    console.print(f"wrote {', '.join(str(path) for path in paths)} and {out / 'frontier.md'}")
+
+
+def _compare(out: Path, against: Path, console: Console) -> None:
+    from rich.table import Table
+
+    from based.recall.results import agreement
+
+    shown = Table("point", str(out), str(against), "difference", "same learning rate")
+    for row, other in agreement(_rows_of(out), _rows_of(against)):
+        shown.add_row(
+            row["point"],
+            *(f"{one['accuracy']:.3f}" for one in (row, other)),
+            f"{row['accuracy'] - other['accuracy']:+.3f}",
+            "yes" if row["learning_rate"] == other["learning_rate"] else "no",
+        )
+    console.print(shown)
+
+
+def _rows_of(out: Path) -> list[Row]:
+    """A sweep's rows, at least one."""
     from based.recall.results import read_rows
 
     rows = read_rows(out / "results.jsonl")
     if not rows:
         raise BasedError(f"{out} has no results; sweep a grid there first")
-    paths = draw(rows, out / "frontier.png")
-    (out / "frontier.md").write_text(markdown(rows))
-    console.print(f"wrote {', '.join(str(path) for path in paths)} and {out / 'frontier.md'}")
+    return rows
 
 
 def _demo(options: Demo, console: Console) -> None:
     from rich.table import Table
 
     from based.recall.plot import table
-    from based.recall.results import read_rows
 
     console.print(
         "[bold]Associative recall[/]: key-value pairs, then each key again; what was its value?\n"
         "4 to 16 pairs in 32 to 64 tokens. Guessing scores 2 %."
     )
     _sweep(Sweep("demo", options.out, jobs=options.jobs, device="cpu"), console)
-    rows = read_rows(options.out / "results.jsonl")
+    rows = _rows_of(options.out)
     shown = Table("configuration", "state, bytes", "recalled", "")
     for line in table(rows):
         mark = "frontier" if line["on_frontier"] else ""
@@ -295,4 +320,7 @@ def _demo(options: Demo, console: Console) -> None:
             line["configuration"], f"{line['state_bytes']:,}", f"{line['accuracy']:.1%}", mark
         )
     console.print(shown)
+    console.print(
+        "One learning rate and six epochs: Mamba and the largest tasks want the whole recipe."
+    )
     _plot(options.out, console)

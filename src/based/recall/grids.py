@@ -60,7 +60,7 @@ def demo(recipe: Recipe) -> list[Point]:
         Point("attention", 64),
         *(Point("sliding_window", 64, {"window": window}) for window in (8, 24)),
         *(Point("based", d, {"feature_dim": k}) for d, k in ((32, 4), (32, 8), (64, 16))),
-        *(Point("mamba", 32, {"state_size": n}) for n in (4, 16)),
+        *(Point("mamba", 32, {"state_size": n}) for n in (4, 8)),
     ]
 
 

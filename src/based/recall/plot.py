@@ -38,16 +38,16 @@ def published(figure: str = "zoology") -> dict[str, list[tuple[int, float]]]:
     return {name: [(size, accuracy) for size, accuracy in own] for name, own in points.items()}
 
 
-def draw(rows: Sequence[Row], path: Path) -> list[Path]:
+def draw(rows: Sequence[Row], path: Path, beside_published: bool = True) -> list[Path]:
     """PNG and SVG beside each other: true bytes left, the paper's accounting right.
 
     The published points stand faint behind ours, on the right alone: they have no
-    true bytes.
+    true bytes. Results of another task than the paper's have no right half.
     """
     from matplotlib.figure import Figure
 
     best = best_rows(rows)
-    counted = [row for row in best if row["paper_bytes"] is not None]
+    counted = [row for row in rows if beside_published and row.get("paper_bytes") is not None]
     figure = Figure(figsize=(13, 5.6) if counted else (7, 5.6), layout="constrained")
     axes = figure.subplots(1, 2 if counted else 1, sharey=True, squeeze=False)[0]
     _scatter(axes[0], rows, "state_bytes")
@@ -148,7 +148,7 @@ def _published_near(architecture: str, size: int | None) -> float | None:
     return nearest[1] if abs(nearest[0] - size) < 0.05 * size else None
 
 
-def markdown(rows: Sequence[Row]) -> str:
+def markdown(rows: Sequence[Row], beside_published: bool = True) -> str:
     """The table as Markdown, frontier points in bold."""
     head = (
         "| configuration | state, bytes | accuracy (range) | seeds | published | "
@@ -161,7 +161,8 @@ def markdown(rows: Sequence[Row]) -> str:
             f" ({low:.3f} to {high:.3f})" if line["seeds"] > 1 else ""
         )
         name = f"**{line['configuration']}**" if line["on_frontier"] else line["configuration"]
-        found = "" if line["published"] is None else f"{line['published']:.3f}"
+        known = line["published"] is not None and beside_published
+        found = f"{line['published']:.3f}" if known else ""
         lines.append(
             f"| {name} | {line['state_bytes']:,} | {accuracy} | {line['seeds']} | {found} | "
             f"{line['learning_rate']:.2g} | {line['epochs']} |"

@@ -94,6 +94,12 @@ def frontier(rows: Iterable[Row]) -> list[Row]:
     return kept
 
 
+def agreement(rows: Iterable[Row], others: Iterable[Row]) -> list[tuple[Row, Row]]:
+    """The best rows of the points that two sweeps share, in pairs."""
+    theirs = {row["point"]: row for row in best_rows(others)}
+    return [(row, theirs[row["point"]]) for row in best_rows(rows) if row["point"] in theirs]
+
+
 def by_configuration(rows: Iterable[Row]) -> list[list[Row]]:
     """Best rows grouped over seeds: one group an architecture, width and dials."""
     groups: dict[str, list[Row]] = {}

@@ -56,12 +56,13 @@ class Checkpoints:
         if self.ranks.rank == 0:
             folder = stack.enter_context(published(folder))
         folder = self.ranks.from_first(folder)
-        written: Any = dcp.async_save(
+        written = dcp.async_save(
             state,
             checkpoint_id=folder,
             process_group=self.ranks.checkpoint_group,
             no_dist=self.ranks.size == 1,
         )
+        assert isinstance(written, Future)
         self._pending = self._publisher.submit(self._publish, step, folder, stack, written)
 
     def wait(self) -> None:

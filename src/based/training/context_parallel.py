@@ -79,8 +79,7 @@ class SequenceShard:
         layout = self._layout(cu_seqlens, x.shape[1])
         tail = layout.tails[self.rank]
         own = mixer.segment_state(x[:, tail.start :], tail.position)
-        # torch.compiler.disable has no types for a method.
-        gathered, states = self._exchange(mixer, own, layout, x)  # pyright: ignore[reportAttributeAccessIssue]
+        gathered, states = self._exchange(mixer, own, layout, x)
         if layout.position == 0:
             out = _from_zero(mixer, x, layout.edges)
         else:
@@ -102,7 +101,6 @@ class SequenceShard:
             self._seen = (cu_seqlens, Layout.of(bounds, length, self.rank, self.size))
         return self._seen[1]
 
-    @torch.compiler.disable
     def _exchange(
         self, mixer: Mixer, own: State, layout: Layout, x: Tensor
     ) -> tuple[Tensor, list[State]]:
@@ -115,18 +113,11 @@ class SequenceShard:
         sizes = [[prod(shape) for shape in each] for each in shapes]
         flat = torch.cat([own[name].flatten() for name in names])
         flat = F.pad(flat, (0, max(map(sum, sizes)) - flat.numel()))
-        gathered: Tensor = _AllGather.apply(flat, self.group)
-        states = [
-            State(
-                {
-                    name: part.view(shape).to(own[name].dtype)
-                    for name, part, shape in zip(
-                        names, row[: sum(size)].split(size), each, strict=True
-                    )
-                }
-            )
-            for row, size, each in zip(gathered, sizes, shapes, strict=True)
-        ]
+        gathered: Tensor = _gather(flat, self.group)
+        states = []
+        for row, size, each in zip(gathered, sizes, shapes, strict=True):
+            parts = zip(names, row[: sum(size)].split(size), each, strict=True)
+            states.append(State({n: x.view(shape).to(own[n].dtype) for n, x, shape in parts}))
         return gathered, states
 
 
@@ -170,6 +161,10 @@ class _AllGather(torch.autograd.Function):
         total = d_out.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total, group=ctx.group)
         return total[ctx.group.rank()], None
+
+
+# Compiled blocks are cut here.
+_gather: Any = torch.compiler.disable(_AllGather.apply)
 
 
 class _Together(torch.autograd.Function):

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch._dynamo.config
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
@@ -48,7 +49,8 @@ class Learner:
     ) -> None:
         self.config, self.ranks, self.end_of_text = config, ranks, end_of_text
         torch.manual_seed(config.seed)
-        self.model = Decoder(shape).to(ranks.device)
+        with ranks.device:
+            self.model = Decoder(shape)
         if config.segment is not None:
             _check_segments(self.model, config)
         self.shard: SequenceShard | None = None
@@ -56,8 +58,7 @@ class Learner:
             self.shard = split_sequences(self.model, ranks.context_group)
         self.model.recompute = config.recompute
         if config.compile:
-            for block in self.model.blocks:
-                block.compile(dynamic=False)
+            _compile_blocks(self.model)
         ranks.shard_weights(self.model, config.dtype(ranks.device))
         self.optimizer = build_optimizer(self.model, config)
 
@@ -159,6 +160,15 @@ class Learner:
     @property
     def _step_tokens(self) -> int:
         return self.config.batch_size * self.config.length
+
+
+def _compile_blocks(model: Decoder) -> None:
+    """Blocks of one kind share what is compiled: once a kind, for training and evaluation."""
+    kinds = len(set(model.config.mixers))
+    limit = torch._dynamo.config.recompile_limit
+    torch._dynamo.config.recompile_limit = max(limit, 8 * kinds)
+    for block in model.blocks:
+        block.compile(dynamic=False)
 
 
 def _check_segments(model: Decoder, config: TrainConfig) -> None:

@@ -47,7 +47,7 @@ class WandbLogger:
     """A Weights & Biases run, named like the directory; a resumed run goes on in it."""
 
     def __init__(self, run: Path, step: int, options: dict[str, Any]) -> None:
-        import wandb  # pyright: ignore[reportMissingImports]
+        import wandb
 
         kept = run / "wandb.id"
         if not kept.exists():
@@ -79,5 +79,5 @@ def open_logger(name: LoggerName, run: Path, step: int, options: dict[str, Any])
         raise BasedError(f"{name} is not installed; `pip install 'based[{name}]'`") from None
 
 
-def _numbers(row: dict[str, Any]) -> dict[str, float]:
+def _numbers(row: dict[str, Any]) -> dict[str, float | int]:
     return {name: value for name, value in row.items() if name != "step"}

@@ -49,7 +49,10 @@ def lost_contact(error: BaseException) -> str | None:
     text = str(error)
     signs = ("gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe")
     known = isinstance(error, dist.DistError) or any(sign in text for sign in signs)
-    return text.splitlines()[0] if known and job_ranks() > 1 else None
+    # Without the library's own source line before, and its advice behind.
+    line = next(iter(text.splitlines()), "")
+    reason = line[line.find("] ") + 2 if line.startswith("[") else 0 :].split(". ")[0]
+    return reason if known and job_ranks() > 1 else None
 
 
 class Ranks:

@@ -111,7 +111,7 @@ def activation_bytes(model: Decoder, length: int, dtype: torch.dtype, recompute:
     """
     model = model.to(dtype)
     blocks = dict(zip(model.config.mixers, model.blocks, strict=True))
-    lengths = (256, 512, 1024)
+    lengths = (512, 1024, 2048)
     kept = {}
     for name, block in blocks.items():
         fit = np.polyfit(lengths, [_kept_bytes(block, n) for n in lengths], 2)

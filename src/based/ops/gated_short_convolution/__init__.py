@@ -5,5 +5,11 @@ from based.ops.gated_short_convolution.shifted import (
     next_past,
     short_convolution,
 )
+from based.ops.gated_short_convolution.step import gated_short_convolution_step
 
-__all__ = ["gated_short_convolution", "next_past", "short_convolution"]
+__all__ = [
+    "gated_short_convolution",
+    "gated_short_convolution_step",
+    "next_past",
+    "short_convolution",
+]

@@ -9,6 +9,7 @@ keys t - window + 1 .. t. The other conventions in use:
 """
 
 from based.ops.sliding_window_attention.blocked import sliding_window_attention
+from based.ops.sliding_window_attention.step import attention_step
 
 
 def window_from_official(window_size: int) -> int:
@@ -16,4 +17,4 @@ def window_from_official(window_size: int) -> int:
     return window_size // 2 + 1
 
 
-__all__ = ["sliding_window_attention", "window_from_official"]
+__all__ = ["attention_step", "sliding_window_attention", "window_from_official"]

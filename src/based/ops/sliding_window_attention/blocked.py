@@ -14,6 +14,8 @@ from based.ops.lanes import lanes_as_rows
 from based.ops.packed import sequence_ids
 
 MIN_BLOCK = 64
+# Up to here, and two blocks, one masked square costs less than blocks and their padding.
+SHORT = 256
 
 
 @lanes_as_rows
@@ -37,6 +39,10 @@ def sliding_window_attention(
         return q
     # A window wider than all keys would only meet padding.
     window = min(window, k.shape[1])
+    limit = min(SHORT, 2 * max(MIN_BLOCK, window - 1))
+    if limit >= T and P == 0 and past is None and cu_seqlens is None:
+        visible = _square(T, window, q.device)
+        return _attend(q[:, None], k[:, None], v[:, None], visible, dropout)[:, 0]
     block = min(max(MIN_BLOCK, window - 1), T)
     front = window - 1 - P
     q = _spans(F.pad(q, (0, 0, 0, 0, 0, -T % block)), block, block)
@@ -62,6 +68,12 @@ def sliding_window_attention(
 def _spans(x: Tensor, length: int, stride: int) -> Tensor:
     """Overlapping spans of the time axis: [B, T, ...] -> [B, M, length, ...]."""
     return x.unfold(1, length, stride).movedim(-1, 2)
+
+
+def _square(tokens: int, window: int, device: torch.device) -> Bool[Tensor, "T T"]:
+    query = torch.arange(tokens, device=device)[:, None]
+    key = torch.arange(tokens, device=device)[None, :]
+    return (key <= query) & (key > query - window)
 
 
 def _band(block: int, window: int, device: torch.device) -> Bool[Tensor, "L S"]:

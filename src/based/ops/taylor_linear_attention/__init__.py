@@ -6,12 +6,18 @@ from based.ops.taylor_linear_attention.operator import (
     taylor_linear_attention,
     taylor_linear_attention_outputs,
 )
-from based.ops.taylor_linear_attention.step import taylor_linear_attention_step
+from based.ops.taylor_linear_attention.step import (
+    fold_recent,
+    taylor_linear_attention_deferred_step,
+    taylor_linear_attention_step,
+)
 
 __all__ = [
+    "fold_recent",
     "num_features",
     "state_dtype",
     "taylor_linear_attention",
+    "taylor_linear_attention_deferred_step",
     "taylor_linear_attention_outputs",
     "taylor_linear_attention_step",
 ]

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from based.ops.lanes import lanes_as_rows
 from based.ops.precision import recording, state_dtype
 from based.ops.taylor_linear_attention import chunked
 from based.ops.taylor_linear_attention.features import num_features
@@ -41,6 +42,7 @@ def taylor_linear_attention(
     return _forward(q, k, v, numerator, denominator, cu_seqlens, True)[:3]
 
 
+@lanes_as_rows
 def taylor_linear_attention_outputs(
     q: Float[Tensor, "B T H K"],
     k: Float[Tensor, "B T H K"],

@@ -1,0 +1,186 @@
+"""What bounds a decode step: the device's measured copy rate, and bytes that must move.
+
+Also the pieces of `benchmarks.generation` below the engine: kernels against the copy
+rate, and the error of a state over many tokens.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from based.generation import Engine
+from based.mixers import State
+from based.models import Decoder
+from based.ops.gated_short_convolution import gated_short_convolution_step
+from based.ops.rotary import frequencies_on
+from based.ops.sliding_window_attention import attention_step
+from based.ops.taylor_linear_attention import (
+    num_features,
+    taylor_linear_attention_deferred_step,
+    taylor_linear_attention_step,
+)
+from benchmarks.rows import median_seconds
+from benchmarks.state_error import step_errors
+
+# based-1.3b and based-360m.
+HEAD_DIMS = (112, 64)
+HEADS, K, WINDOW, RECENT = 16, 16, 129, 16
+
+
+def median_device_seconds(function: Callable[[], object], device: torch.device) -> float:
+    """Of one call; on a GPU of one among many in a row, timed by its own events."""
+    if device.type != "cuda":
+        return median_seconds(function)
+    times = []
+    for _ in range(8):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(20):
+            function()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 20_000)
+    return statistics.median(times[2:])
+
+
+@lru_cache(maxsize=4)
+def copy_rate(device: torch.device) -> float:
+    """Bytes a second, read and written, of a large copy."""
+    count = 1 << (28 if device.type == "cuda" else 22)
+    source = torch.zeros(count, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / median_device_seconds(lambda: target.copy_(source), device)
+
+
+@lru_cache(maxsize=4)
+def matmul_rate(device: torch.device) -> float:
+    """Operations a second of a large square product in the weights' dtype."""
+    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (512, torch.float32)
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    return 2 * size**3 / median_device_seconds(lambda: a @ a, device)
+
+
+def decode_floor(
+    model: Decoder, batch: int, context: int, engine: Engine, device: torch.device
+) -> dict[str, float]:
+    """Least time of a step: weights read once or multiplied, then each row's state moved."""
+    weights = sum(p.nbytes for p in model.parameters())
+    products = 2 * batch * model.num_parameters() / matmul_rate(device)
+    state = sum(layer_bytes(layer, context) for layer in engine.pool.state) * batch
+    seconds = max(weights / copy_rate(device), products) + state / copy_rate(device)
+    return {
+        "floor_ms": 1000 * seconds,
+        "floor_state_bytes": state,
+        "copy_bytes_per_second": copy_rate(device),
+    }
+
+
+def layer_bytes(layer: State, context: int) -> float:
+    """Bytes of one row that a step reads and writes."""
+    total = 0.0
+    for name, tensor in layer.items():
+        size = tensor[0].nbytes
+        if name in ("keys", "values"):
+            # Read up to the context; one token is written.
+            slots = tensor.shape[1]
+            total += size * (min(context, slots) + 1) / slots
+        elif name in ("numerator", "denominator") and "recent_keys" in layer:
+            total += size * (1 + 1 / layer["recent_keys"].shape[1])
+        elif name in ("recent_keys", "recent_values"):
+            total += size / 2
+        else:
+            total += 2 * size
+    return total
+
+
+Cells = Iterator[tuple[dict[str, Any], Callable[[], dict[str, Any]]]]
+
+
+def kernel_cells(batches: tuple[int, ...], device: torch.device) -> Cells:
+    """Each decode kernel at the sizes of based-1.3b and based-360m."""
+    for batch in batches:
+        for head_dim in HEAD_DIMS:
+            for name, make in KERNELS.items():
+                key = {"kernel": name, "batch": batch, "head_dim": head_dim}
+                yield key, lambda m=make, b=batch, d=head_dim: _kernel(m, b, d, device)
+
+
+def _kernel(make: Callable, batch: int, head_dim: int, device: torch.device) -> dict[str, Any]:
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    with torch.device(device):
+        call, moved = make(batch, head_dim, dtype)
+    seconds = median_device_seconds(call, device)
+    rate = moved / seconds
+    return {
+        "us": 1e6 * seconds,
+        "bytes": moved,
+        "bytes_per_second": rate,
+        "share_of_copy_rate": rate / copy_rate(device),
+    }
+
+
+Made = tuple[Callable[[], Tensor], float]
+
+
+def _taylor(batch: int, V: int, dtype: torch.dtype, recent: int) -> Made:
+    q, k, v = (torch.randn(batch, HEADS, D, dtype=dtype) for D in (K, K, V))
+    state = [
+        torch.rand(batch, HEADS, num_features(K), V),
+        torch.ones(batch, HEADS, num_features(K)),
+    ]
+    moved = 2.0 * sum(x.nbytes for x in state)
+    if not recent:
+        return lambda: taylor_linear_attention_step(q, k, v, *state), moved
+    ring = [torch.randn(batch, recent, HEADS, D, dtype=dtype) for D in (K, V)]
+    # Rows fill their rings at different times, as in a busy engine.
+    seen = torch.arange(batch)
+    moved = moved / 2 * (1 + 1 / recent) + sum(x.nbytes for x in ring) / 2
+    S, z = state
+    ring_k, ring_v = ring
+    return lambda: taylor_linear_attention_deferred_step(q, k, v, S, z, ring_k, ring_v, seen), moved
+
+
+def _attention(batch: int, D: int, dtype: torch.dtype, slots: int) -> Made:
+    q, k, v = (torch.randn(batch, HEADS, D, dtype=dtype) for _ in range(3))
+    keys, values = (torch.randn(batch, slots, HEADS, D, dtype=dtype) for _ in range(2))
+    seen = torch.full((batch,), slots)
+    frequencies = frequencies_on(q.device, D)
+    moved = float(keys.nbytes + values.nbytes)
+    return lambda: attention_step(q, k, v, keys, values, seen, frequencies), moved
+
+
+def _convolution(batch: int, D: int, dtype: torch.dtype) -> Made:
+    channels = 2 * HEADS * D
+    x, gate = torch.randn(batch, 2, channels, dtype=dtype).unbind(1)
+    weight, past = torch.randn(channels, 3, dtype=dtype), torch.zeros(batch, 2, channels).to(dtype)
+    moved = float(2 * past.nbytes + 3 * x.numel() * x.element_size())
+    return lambda: gated_short_convolution_step(x, gate, weight, past), moved
+
+
+KERNELS: dict[str, Callable[[int, int, torch.dtype], Made]] = {
+    "taylor_step": lambda batch, D, dtype: _taylor(batch, D, dtype, 0),
+    "taylor_deferred_step": lambda batch, D, dtype: _taylor(batch, D, dtype, RECENT),
+    "window_step": lambda batch, D, dtype: _attention(batch, D, dtype, WINDOW),
+    "attention_step_1k": lambda batch, D, dtype: _attention(batch, D, dtype, 1024),
+    "attention_step_4k": lambda batch, D, dtype: _attention(batch, D, dtype, 4096),
+    "convolution_step": _convolution,
+}
+
+
+def state_cells(marks: tuple[int, ...], device: torch.device) -> Cells:
+    """Error of stored states after so many tokens; see `state_error`."""
+    for dtype in (torch.float32, torch.bfloat16):
+        for recent in (0, RECENT):
+            key = {"stored": str(dtype).removeprefix("torch."), "recent": recent}
+
+            def measure(dtype=dtype, recent=recent) -> dict[str, Any]:
+                errors = step_errors(sorted(marks), dtype, recent, str(device))
+                return {"tokens": sorted(marks), "errors": errors}
+
+            yield {**key, "last": max(marks)}, measure

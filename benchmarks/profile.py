@@ -1,0 +1,50 @@
+"""Where a step's time goes on a GPU, by kind of kernel."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+# The first pattern that a kernel's name matches is its kind.
+KINDS = {
+    "Taylor linear attention": r"taylor|sum_states|carry_states|attend|sum_deltas|(query|key)_grad",
+    "attention": r"flash|fmha|sdpa|mha_|window",
+    "scan": r"scan|chunk_state|ssd",
+    "convolution": r"conv",
+    "communication": r"nccl",
+    "matrix products": r"gemm|cutlass|nvjet|cublas|xmma|splitk",
+    "optimiser": r"adam|multi_tensor|foreach|lp?norm",
+    "copies": r"mem(cpy|set)|copy|cat|fill",
+    "elementwise and norms": r"triton|elementwise|reduce|rms|softmax|embedding|index",
+}
+
+
+def kind_of(kernel: str) -> str:
+    """A kernel's kind, from its name."""
+    name = kernel.lower()
+    return next((kind for kind, pattern in KINDS.items() if re.search(pattern, name)), "other")
+
+
+def by_kind(kernels: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """Sums (name, time) by kind, largest first."""
+    total: dict[str, float] = {}
+    for name, time in kernels:
+        total[kind_of(name)] = total.get(kind_of(name), 0.0) + time
+    return dict(sorted(total.items(), key=lambda item: -item[1]))
+
+
+def profiled(function: Callable[[], object]) -> dict[str, float]:
+    """Milliseconds of GPU time of one call, by kind of kernel."""
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
+        function()
+        torch.cuda.synchronize()
+    kernels = [
+        (event.key, event.self_device_time_total / 1e3)
+        for event in found.key_averages()
+        if event.device_type == DeviceType.CUDA
+    ]
+    return by_kind(kernels)

@@ -1,0 +1,254 @@
+"""Seconds a configuration of the recall lab, beside the official trainer's on this machine.
+
+    python -m benchmarks.recall [--zoology PATH] [--epochs 3] [--products tf32]
+
+Ours trains the four learning rates of a point stacked; a configuration is a quarter
+of that. Zoology's trainer takes one. Both read the same examples; the first epoch is
+set-up (compiling, recording, caches) and counted apart. PATH is a checkout of
+HazyResearch/zoology; its `return_embeddings` default, which makes its training take
+hidden states for logits, is patched in this process.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from based.recall.config import Point, Recipe
+from based.recall.data import Data, data_of
+from based.recall.mqar import IGNORE, Segment
+from based.recall.train import PointTrainer
+from benchmarks.rows import write_rows
+
+POINTS = (
+    Point("based", 64, {"feature_dim": 16}),
+    Point("based", 128, {"feature_dim": 24}),
+    Point("attention", 64),
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is timed."""
+
+    zoology: Path | None = None
+    """A checkout of the official trainer; without it only ours is timed."""
+    epochs: int = 3
+    """Epochs of ours, the first of them set-up."""
+    zoology_epochs: int = 2
+    """Epochs of theirs, the first of them set-up."""
+    products: Literal["float32", "tf32", "bf16"] = "float32"
+    fraction: float = 1.0
+    """Of the published number of examples: for trying this script."""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def time_ours(point: Point, recipe: Recipe, options: Options) -> dict[str, Any]:
+    began = time.perf_counter()
+    # Never early: all four learning rates are timed throughout.
+    lasting = replace(recipe, epochs=options.epochs, stop_above=2.0)
+    data_of(lasting, torch.device(options.device))
+    made = time.perf_counter()
+    trainer = PointTrainer(point, lasting, torch.device(options.device))
+    times = [time.perf_counter()]
+    rows = trainer.train(on_epoch=lambda *_: times.append(time.perf_counter())) or []
+    epochs = [after - before for before, after in pairwise(times)]
+    return _row(
+        "ours",
+        point,
+        options,
+        lanes=len(recipe.learning_rates),
+        data=made - began,
+        setup=times[0] - made + epochs[0],
+        epoch=sum(epochs[1:]) / len(epochs[1:]),
+        accuracy=max(row["accuracy"] for row in rows),
+    )
+
+
+def time_zoology(point: Point, recipe: Recipe, options: Options) -> dict[str, Any]:
+    trainer = _official_trainer(point, recipe, options)
+    times: dict[str, list[float]] = {"train_epoch": [], "test": []}
+    metrics: list[dict[str, float]] = []
+    for name, own in times.items():
+        _timed(trainer, name, own, metrics)
+    began = time.perf_counter()
+    trainer.fit()
+    whole = time.perf_counter() - began
+    epochs = [sum(parts) for parts in zip(*times.values(), strict=True)]
+    return _row(
+        "zoology",
+        point,
+        options,
+        lanes=1,
+        data=0.0,
+        setup=whole - sum(epochs[1:]),
+        epoch=sum(epochs[1:]) / len(epochs[1:]),
+        accuracy=metrics[-1]["valid/accuracy"],
+    )
+
+
+def _row(
+    what: str,
+    point: Point,
+    options: Options,
+    *,
+    lanes: int,
+    data: float,
+    setup: float,
+    epoch: float,
+    accuracy: float,
+) -> dict[str, Any]:
+    whole = setup + (Recipe().epochs - 1) * epoch
+    return {
+        "what": what,
+        "point": point.key,
+        "products": options.products if what == "ours" else "float32",
+        "fraction": options.fraction,
+        "lanes": lanes,
+        "data_seconds": round(data, 3),
+        "setup_seconds": round(setup, 3),
+        "epoch_seconds": round(epoch, 4),
+        "seconds_a_configuration": round(whole / lanes, 2),
+        "accuracy_so_far": round(accuracy, 4),
+    }
+
+
+def _timed(trainer: Any, name: str, seconds: list[float], metrics: list[dict[str, float]]) -> None:
+    method = getattr(trainer, name)
+
+    def timed(epoch: int) -> Any:
+        began = time.perf_counter()
+        result = method(epoch)
+        seconds.append(time.perf_counter() - began)
+        if result is not None:
+            metrics.append(result)
+        return result
+
+    setattr(trainer, name, timed)
+
+
+def _official_trainer(point: Point, recipe: Recipe, options: Options) -> Any:
+    """Zoology's Trainer on its own model of the point and on our examples."""
+    _make_importable(options)
+    from zoology.config import LoggerConfig, ModelConfig, TrainConfig  # type: ignore
+    from zoology.data.utils import DataSegment, _SyntheticDataset  # type: ignore
+    from zoology.logger import WandbLogger  # type: ignore
+    from zoology.model import LanguageModel, TokenEmbeddings  # type: ignore
+    from zoology.train import Trainer, set_determinism  # type: ignore
+
+    LanguageModel.forward.__defaults__ = (None, None, False)
+    defaults = TokenEmbeddings.__init__.__defaults__
+    TokenEmbeddings.__init__.__defaults__ = tuple(
+        options.device if value == "cuda" else value for value in defaults
+    )
+    set_determinism(123)
+    model = LanguageModel(ModelConfig(**_official_config(point, recipe)))
+    data = Data(recipe, torch.device("cpu"))
+    loaders = [
+        torch.utils.data.DataLoader(
+            _SyntheticDataset([DataSegment(*_labelled(part)) for part in parts], size),
+            batch_size=None,
+        )
+        for parts, size in ((data.train, recipe.batch_size), (data.test, recipe.batch_size // 8))
+    ]
+    silent = WandbLogger(TrainConfig.model_construct(logger=LoggerConfig()))
+    return Trainer(
+        *(model, *loaders),
+        max_epochs=options.zoology_epochs,
+        learning_rate=1e-3,
+        weight_decay=recipe.weight_decay,
+        early_stopping_metric="valid/accuracy",
+        early_stopping_threshold=2.0,
+        device=options.device,
+        logger=silent,
+    )
+
+
+def _make_importable(options: Options) -> None:
+    """Zoology on the path, without the packages that this experiment does not use."""
+    sys.path.insert(0, str(options.zoology))
+    stubs = {"wandb": ModuleType("wandb"), "opt_einsum": ModuleType("opt_einsum")}
+    operations = ModuleType("torchvision.ops")
+    # Called with drop_path 0: the identity.
+    operations.StochasticDepth = lambda p, mode: torch.nn.Identity()  # type: ignore[attr-defined]
+    stubs |= {"torchvision": ModuleType("torchvision"), "torchvision.ops": operations}
+    for name, stub in stubs.items():
+        sys.modules.setdefault(name, stub)
+
+
+def _official_config(point: Point, recipe: Recipe) -> dict[str, Any]:
+    convolution = {
+        "name": "zoology.mixers.base_conv.BaseConv",
+        "kwargs": {"l_max": recipe.length, "kernel_size": 3, "implicit_long_conv": True},
+    }
+    based = {
+        "l_max": recipe.length,
+        "feature_dim": point.dials.get("feature_dim", 16),
+        "feature_name": "taylor_exp",
+        "num_key_value_heads": 1,
+        "num_heads": 1,
+        "train_view": "quadratic",
+    }
+    mixers = {
+        "based": {"name": "zoology.mixers.based.Based", "kwargs": based},
+        "attention": {
+            "name": "zoology.mixers.attention.MHA",
+            "kwargs": {"dropout": 0.1, "num_heads": 1},
+        },
+    }
+    return {
+        "block_type": "TransformerBlock",
+        "d_model": point.hidden_size,
+        "n_layers": 2,
+        "sequence_mixer": {
+            "name": "zoology.mixers.hybrid.Hybrid",
+            "kwargs": {"configs": [convolution, mixers[point.architecture]]},
+        },
+        "state_mixer": {"name": "torch.nn.Identity", "kwargs": {}},
+        "max_position_embeddings": 0,
+        "vocab_size": recipe.vocab_size,
+    }
+
+
+def _labelled(part: Segment) -> tuple[torch.Tensor, torch.Tensor, dict[str, int]]:
+    """A segment as Zoology keeps it: inputs and labels of every position."""
+    inputs = part.tokens.long()
+    labels = torch.full_like(inputs, IGNORE)
+    labels.scatter_(1, part.positions.long(), part.answers.long())
+    return inputs, labels, {"num_kv_pairs": part.answers.shape[1]}
+
+
+def main(options: Options) -> None:
+    console, rows = Console(), []
+    recipe = replace(Recipe(), products=options.products)
+    if options.fraction != 1.0:
+        train, test = (
+            tuple(t._replace(examples=max(64, int(t.examples * options.fraction))) for t in tasks)
+            for tasks in (recipe.train, recipe.test)
+        )
+        recipe = replace(recipe, train=train, test=test)
+    for point in POINTS:
+        rows.append(time_ours(point, recipe, options))
+        if options.zoology is not None:
+            rows.append(time_zoology(point, recipe, options))
+    table = Table("", "point", "set-up, s", "an epoch, s", "a configuration, s")
+    for row in rows:
+        cells = ("setup_seconds", "epoch_seconds", "seconds_a_configuration")
+        table.add_row(row["what"], row["point"], *(f"{row[cell]:,.2f}" for cell in cells))
+    console.print(table)
+    if options.fraction == 1.0:
+        console.print(f"wrote {write_rows('recall', rows)}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))

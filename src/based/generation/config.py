@@ -1,0 +1,69 @@
+"""How an engine divides memory and time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from based.errors import BasedError
+from based.generation.pool import slot_bytes
+from based.generation.quantization import Precision
+from based.mixers.base import at_least_one
+from based.models import Decoder
+
+# Slots when their number is left open: on a CPU, and at most on a GPU.
+CPU_SLOTS, MOST_SLOTS = 8, 1024
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How an engine divides memory and time. None leaves a choice to the device."""
+
+    slots: int | None = None
+    """Sequences decoded at once; None: 8 on a CPU, on a GPU as many as memory holds (to 1024)."""
+    max_length: int = 4096
+    """Tokens of a sequence, prompt included, where states grow; others are not limited."""
+    prefill_chunk: int = 2048
+    """Prompt tokens read in one call."""
+    prefill_rows: int | None = None
+    """Prompts read in one call; None: 16 on a GPU. With 1, neighbours never touch a prompt."""
+    decode_per_prefill: int = 4
+    """Decode steps between two such calls, while sequences decode."""
+    max_waiting: int = 10_000
+    """Requests that may queue; further ones are refused."""
+    deterministic: bool = False
+    """One step shape and prompts read alone: tokens never depend on what else runs."""
+    recent: int = 16
+    """Tokens that linear attention keeps before its state takes them up: less traffic, and less
+    rounding. 0 writes the state at every token."""
+    quantize: Precision | None = None
+    """Weight-only quantisation of the projections, for small batches."""
+    memory_share: float = 0.9
+    """Share of a GPU's free memory that slots may take when their number is left open."""
+
+
+def slot_count(model: Decoder, config: EngineConfig) -> int:
+    """The number of slots asked for, or as many as the device has memory for.
+
+    On a CPU it is rounded up to a step shape at which matrix products treat all
+    rows alike, bit for bit.
+    """
+    cuda, slots = model.device.type == "cuda", config.slots
+    if slots is None:
+        slots = _fitting(model, config) if cuda else CPU_SLOTS
+    at_least_one(slots=slots)
+    if cuda:
+        return slots
+    return 1 << (slots - 1).bit_length() if slots <= 8 else -(-slots // 8) * 8
+
+
+def _fitting(model: Decoder, config: EngineConfig) -> int:
+    free, _ = torch.cuda.mem_get_info(model.device)
+    size = slot_bytes(model, config.max_length, config.recent)
+    fitting = int(config.memory_share * free / size)
+    if fitting < 1:
+        raise BasedError(
+            f"a slot needs {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free; lower max_length"
+        )
+    return min(fitting, MOST_SLOTS)

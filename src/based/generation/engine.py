@@ -1,0 +1,312 @@
+"""The engine: many sequences decoded together, each in a slot of fixed memory.
+
+A round (`Engine.step`) reads at most one group of prompts and then takes one decode
+step for all sequences at once. Sequences join and leave between steps. The host
+learns of a token one step after it was drawn, while the device is at the next one:
+what is drawn after a sequence's end is dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from based.data.tokenizer import Tokenizer
+from based.errors import BasedError
+from based.generation.config import EngineConfig, slot_count
+from based.generation.pool import StatePool
+from based.generation.prefill import read_chunk, read_together
+from based.generation.quantization import decode_step
+from based.generation.request import Generation, Snapshot
+from based.generation.sampling import Sampling, sampling_rows, to_device
+from based.generation.scheduler import Scheduler
+from based.generation.step import DecodeStep, Report, batch_sizes, packed
+from based.generation.text import TextStream
+from based.models import Decoder, DecoderState
+from based.ops.token_sampling import SamplingRows, sample_tokens
+
+
+class Engine:
+    """Runs requests on a model. One thread drives it, by `step` or by reading a stream.
+
+    On a CPU every step has one shape, so that a request's tokens are the same bits
+    whatever runs beside it; on a GPU that holds within one batch size, or always
+    with `deterministic`.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        config: EngineConfig | None = None,
+        *,
+        eos_id: int | None = None,
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
+        self.config = config or EngineConfig()
+        self.model, self._tokenizer = model, tokenizer
+        self._eos_id = tokenizer.eos_id if tokenizer is not None else eos_id
+        cuda = model.device.type == "cuda"
+        slots = slot_count(model, self.config)
+        self._one_shape = self.config.deterministic or not cuda
+        self.pool = StatePool(model, slots, self.config.max_length, self.config.recent)
+        sizes = [slots] if self._one_shape else batch_sizes(slots)
+        step = decode_step(model, self.config.quantize)
+        self._decode = DecodeStep(model, self.pool.state, sizes, step, graphs=cuda)
+        self._decode.check()
+        self.pool.wipe()
+        rows = self.config.prefill_rows
+        if rows is None or self.config.deterministic:
+            rows = 1 if self._one_shape else 16
+        self._scheduler = Scheduler(
+            self.config.prefill_chunk,
+            rows,
+            self.config.decode_per_prefill,
+            self.config.max_waiting,
+        )
+        self._running: dict[int, Generation] = {}
+        self._reading: tuple[int, Generation] | None = None
+        self._reports: list[Report] = []
+
+    def submit(
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        *,
+        after: Snapshot | None = None,
+        max_unread: int | None = None,
+    ) -> Generation:
+        """Queues a request; an empty prompt begins a new document, as one end-of-text token.
+
+        `after` continues a snapshot with the prompt. A caller that leaves more than
+        `max_unread` tokens untaken loses its slot.
+        """
+        tokens = [*(after.pending if after else ()), *prompt]
+        if not tokens and self._eos_id is not None:
+            tokens = [self._eos_id]
+        generation = self._request(tokens, sampling, after.length if after else 0)
+        generation.max_unread, generation.carry = max_unread, after.state if after else None
+        self._scheduler.add(generation)
+        return generation
+
+    def cancel(self, generation: Generation) -> None:
+        """Ends a request at once, wherever it is; what it has is kept."""
+        if not generation.finished:
+            self._vacate(generation)
+            generation.finish("cancelled")
+
+    def preempt(self, generation: Generation) -> None:
+        """Puts a decoding sequence aside, into host memory, and at the back of the queue.
+
+        It goes on later as if nothing had happened, to the bit. One that does not decode
+        is left alone.
+        """
+        row = self._row_of(generation)
+        if row is not None:
+            parked = DecoderState(layer.to("cpu") for layer in self.pool.read(row))
+            self._vacate(generation)
+            generation.carry, generation.parked = parked, True
+            self._scheduler.put_back(generation)
+
+    def fork(self, generation: Generation, sampling: Sampling) -> Generation:
+        """A new request that goes on from where a decoding one is, with options of its own."""
+        row = self._decoding_row(generation)
+        twin = self._request([*generation.prompt, *generation.tokens], sampling, 0)
+        twin.carry, twin.parked = self.pool.read(row), True
+        self._scheduler.add(twin)
+        return twin
+
+    def snapshot(self, generation: Generation) -> Snapshot:
+        """The canonical state of a decoding request, for `submit(after=...)`, any number of times.
+
+        It fits engines of the same model and `max_length`.
+        """
+        row = self._decoding_row(generation)
+        length = generation.seen + len(generation.prompt) + len(generation.tokens) - 1
+        return Snapshot(self.pool.canonical(row), (generation.tokens[-1],), length)
+
+    @property
+    def busy(self) -> bool:
+        """Whether any request is unfinished."""
+        held = self._running or self._reading or self._reports
+        return bool(held) or len(self._scheduler) > 0
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One round: prompts if it is their turn, then one token for all that decode."""
+        self._resume_parked()
+        if self._scheduler.prompts_turn(decoding=bool(self._running)):
+            self._read_prompts()
+        if self._running:
+            self._launch()
+        # The newest report stays out, so that the device always has a step ahead of it.
+        self._collect(keep=1 if self._running else 0)
+
+    def stream(self, generation: Generation) -> Iterator[int]:
+        """The request's tokens as they come; drives the engine. Stopping early cancels it."""
+        try:
+            while not generation.finished:
+                self.step()
+                yield from generation.take()
+        finally:
+            self.cancel(generation)
+        generation.raise_error()
+
+    def stream_text(self, generation: Generation) -> Iterator[str]:
+        """The request's text as it becomes certain; needs the engine's tokenizer."""
+        assert generation.text is not None
+        for _ in self.stream(generation):
+            if piece := generation.text.take():
+                yield piece
+        if piece := generation.text.take():
+            yield piece
+
+    def _request(self, tokens: list[int], sampling: Sampling, seen: int) -> Generation:
+        """Checks what can be known of a request before it queues."""
+        if not tokens:
+            raise BasedError("the prompt has no tokens; begin with the end-of-text token")
+        vocab_size = self.model.config.vocab_size
+        strange = [token for token in tokens if not 0 <= token < vocab_size]
+        if strange:
+            raise BasedError(
+                f"the prompt holds token id {strange[0]}, but the model's vocabulary is "
+                f"0 .. {vocab_size - 1}; use the tokenizer that the model was trained with"
+            )
+        length = seen + len(tokens) + sampling.max_new_tokens
+        fixed = all(mixer.fixed_state for mixer in self.model.mixers())
+        if not fixed and length > self.config.max_length:
+            raise BasedError(
+                f"prompt and new tokens are {length:,} together; this engine's slots hold "
+                f"{self.config.max_length:,}: raise max_length, or ask for fewer"
+            )
+        if sampling.stop and self._tokenizer is None:
+            raise BasedError("stop strings need the engine to have the model's tokenizer")
+        text = None if self._tokenizer is None else TextStream(self._tokenizer, sampling.stop)
+        return Generation(tokens, sampling, self._eos_id, text, seen=seen)
+
+    def _row_of(self, generation: Generation) -> int | None:
+        """The row of a request that decodes, after all its tokens have arrived."""
+        self._collect(keep=0)
+        rows = [row for row, running in self._running.items() if running is generation]
+        return rows[0] if rows else None
+
+    def _decoding_row(self, generation: Generation) -> int:
+        row = self._row_of(generation)
+        if row is None:
+            raise BasedError("the request is not decoding; only one that is has a state to copy")
+        return row
+
+    def _vacate(self, generation: Generation) -> None:
+        """Takes a request out of the queue, or out of its slot."""
+        self._scheduler.remove(generation)
+        if self._reading is not None and self._reading[1] is generation:
+            self.pool.release(self._reading[0])
+            self._reading = None
+        for row in [row for row, running in self._running.items() if running is generation]:
+            del self._running[row]
+            self.pool.release(row)
+
+    def _resume_parked(self) -> None:
+        while self.pool.free and (generation := self._scheduler.next_parked()) is not None:
+            assert generation.carry is not None
+            row, last = self.pool.acquire(), (generation.tokens or generation.prompt)[-1]
+            self.pool.load(row, generation.carry)
+            self._place(row, generation, to_device(torch.tensor(last), self.model.device))
+            generation.carry, generation.parked = None, False
+
+    def _read_prompts(self) -> None:
+        """One call over prompts: the next chunk of a long one, or a group of short ones."""
+        if self._reading is None:
+            group = self._scheduler.next_group(self.pool.free)
+            rows = [self.pool.acquire() for _ in group]
+            if len(group) == 1:
+                self._reading = (rows[0], group[0])
+            elif group:
+                self._read_group(rows, group)
+        if self._reading is not None:
+            self._read_on()
+
+    def _read_group(self, rows: list[int], group: list[Generation]) -> None:
+        """Reads whole prompts together or, where memory does not suffice, one by one."""
+        try:
+            hidden, state = read_together(self.model, group, self.config.max_length)
+        except torch.OutOfMemoryError:
+            for self._reading in zip(rows, group, strict=True):
+                self._read_on()
+        else:
+            self._begin(rows, group, hidden, state)
+        self._scheduler.count_prefill()
+
+    def _read_on(self) -> None:
+        """The next chunk of the prompt being read; a request too large for memory ends."""
+        assert self._reading is not None
+        row, generation = self._reading
+        self._scheduler.count_prefill()
+        try:
+            chunk, length = self.config.prefill_chunk, self.config.max_length
+            hidden = read_chunk(self.model, generation, chunk, length)
+        except torch.OutOfMemoryError:
+            self._vacate(generation)
+            generation.finish("error", "not enough memory to read the prompt")
+            return
+        if generation.fed == len(generation.prompt):
+            assert generation.carry is not None
+            self._reading = None
+            self._begin([row], [generation], hidden, generation.carry)
+            generation.carry = None
+
+    def _begin(
+        self, rows: list[int], group: list[Generation], hidden: Tensor, state: DecoderState
+    ) -> None:
+        """Draws the first token of each, and puts those that go on into their slots."""
+        drawn = sample_tokens(self.model.logits(hidden), self._options(group))
+        self._reports.append(Report(packed(drawn), dict(enumerate(group))))
+        for index, (row, generation) in enumerate(zip(rows, group, strict=True)):
+            generation.drawn += 1
+            if generation.drawn == generation.sampling.max_new_tokens:
+                self.pool.release(row)
+            else:
+                self.pool.load(row, state, index)
+                self._place(row, generation, drawn.tokens[index])
+
+    def _place(self, row: int, generation: Generation, token: Tensor) -> None:
+        """From the next step on, the row decodes; `token` is fed first."""
+        self._decode.set_row(row, token, self._options([generation]))
+        self._running[row] = generation
+
+    def _options(self, group: list[Generation]) -> SamplingRows:
+        samplings, drawn = [g.sampling for g in group], [g.drawn for g in group]
+        return sampling_rows(samplings, drawn, self.model.config.vocab_size, self.model.device)
+
+    def _launch(self) -> None:
+        """One decode step; the row of a request that draws its last token is free at once."""
+        size = self._compact()
+        self._reports.append(Report(self._decode.run(size), dict(self._running)))
+        self._scheduler.count_decode_step()
+        for row, generation in list(self._running.items()):
+            generation.drawn += 1
+            if generation.drawn == generation.sampling.max_new_tokens:
+                del self._running[row]
+                self.pool.release(row)
+
+    def _compact(self) -> int:
+        """Moves rows forward until the smallest batch size that can hold them does."""
+        if self._one_shape:
+            return self._decode.sizes[-1]
+        size = next(size for size in self._decode.sizes if size >= len(self._running))
+        holes = (row for row in range(size) if row not in self._running)
+        for row, target in zip([row for row in self._running if row >= size], holes, strict=False):
+            self.pool.move(row, target)
+            self._decode.move(row, target)
+            self._running[target] = self._running.pop(row)
+        return size
+
+    def _collect(self, keep: int) -> None:
+        """Hands tokens that have arrived to their requests; what came after an end is dropped."""
+        while len(self._reports) > keep:
+            for generation, token, logprob in self._reports.pop(0).collect():
+                if not generation.finished:
+                    generation.accept(token, logprob)
+                    if generation.finished:
+                        self._vacate(generation)

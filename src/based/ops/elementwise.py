@@ -1,0 +1,40 @@
+"""What stands between a decode step's matrix products, each as one kernel on a GPU."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from based.ops.kernels import use_kernels
+
+
+def add_rms_norm(
+    x: Float[Tensor, "B C"],
+    branch: Float[Tensor, "B C"] | None,
+    weight: Float[Tensor, " C"],
+    eps: float,
+) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B C"]]:
+    """x + branch, and that divided by its root mean square, times weight, in weight's dtype.
+
+    x is the residual stream, float32 or wider, and so is the arithmetic. No gradients.
+    """
+    if use_kernels(x):
+        from based.ops.elementwise_decode import add_rms_norm_kernel
+
+        return add_rms_norm_kernel(x, branch, weight, eps)
+    x = x if branch is None else x + branch
+    normed = F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
+    return x, normed.to(weight.dtype)
+
+
+def swiglu(x: Float[Tensor, "B CC"]) -> Float[Tensor, "B C"]:
+    """value * silu(gate), value the first half of the channels and gate the second. No gradients.
+
+    On a GPU the arithmetic is float32.
+    """
+    if use_kernels(x):
+        from based.ops.elementwise_decode import swiglu_kernel
+
+        return swiglu_kernel(x)
+    value, gate = torch.chunk(x, 2, dim=-1)
+    return value * F.silu(gate)

@@ -1,0 +1,75 @@
+"""One token of the gated short convolution: taps, SiLU, gate and the shift of the state."""
+
+from typing import no_type_check
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float
+from torch import Tensor
+
+BLOCK = 1024
+LAUNCH = {"BLOCK_C": BLOCK, "num_warps": 4}
+
+
+@triton.jit
+@no_type_check
+def _convolution_step_kernel(
+    x_ptr,
+    gate_ptr,
+    weight_ptr,
+    past_ptr,
+    out_ptr,
+    x_stride,
+    gate_stride,
+    channels,
+    WIDTH: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    real = channel < channels
+    past = past_ptr + row * (WIDTH - 1) * channels + channel
+    x = tl.load(x_ptr + row * x_stride + channel, mask=real, other=0.0)
+    gate = tl.load(gate_ptr + row * gate_stride + channel, mask=real, other=0.0).to(tl.float32)
+    weight = weight_ptr + channel * WIDTH
+    tap = tl.load(weight + WIDTH - 1, mask=real, other=0.0).to(tl.float32)
+    y = x.to(tl.float32) * tap
+    for back in tl.static_range(WIDTH - 1):
+        older = tl.load(past + back * channels, mask=real, other=0.0)
+        y += older.to(tl.float32) * tl.load(weight + back, mask=real, other=0.0).to(tl.float32)
+        # Slots move down one by one, each after every thread has read what it replaces.
+        tl.debug_barrier()
+        if back > 0:
+            tl.store(past + (back - 1) * channels, older, mask=real)
+    if WIDTH > 1:
+        tl.store(past + (WIDTH - 2) * channels, x, mask=real)
+    y = y * tl.sigmoid(y) * gate
+    tl.store(out_ptr + row * channels + channel, y, mask=real)
+
+
+def convolution_step_kernel(
+    x: Float[Tensor, "B C"],
+    gate: Float[Tensor, "B C"],
+    weight: Float[Tensor, "C W"],
+    past: Float[Tensor, "B W-1 C"],
+) -> Float[Tensor, "B C"]:
+    """y = silu(conv(x)) * gate; `past` moves on by one token, in place.
+
+    x and gate may be slices of a projection; weight and past are contiguous.
+    """
+    rows, channels = x.shape
+    out = torch.empty((rows, channels), dtype=x.dtype, device=x.device)
+    _convolution_step_kernel[(rows, triton.cdiv(channels, BLOCK))](
+        x,
+        gate,
+        weight,
+        past,
+        out,
+        x.stride(0),
+        gate.stride(0),
+        channels,
+        WIDTH=weight.shape[1],
+        **LAUNCH,
+    )
+    return out

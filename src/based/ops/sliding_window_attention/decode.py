@@ -1,0 +1,190 @@
+"""One query against a cache of rotated keys: rotary, cache write and attention in one pass.
+
+The cache is a ring of S slots, token t in slot t mod S: a window's ring, or a
+Transformer's cache that never comes round. A row reads only the slots it has
+filled. Where rows and heads are few, the slots are split among programs, and a
+second kernel joins the parts.
+"""
+
+from typing import no_type_check
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float, Int
+from torch import Tensor
+
+TILE = {"BLOCK_S": 32, "num_warps": 4}
+JOIN = {"num_warps": 4}
+# Below any score, and finite, so that what has seen no slot weighs nothing.
+LOWEST = tl.constexpr(-1e30)
+# Programs wanted at least, and slots that a program should not go below.
+PROGRAMS, SMALLEST = 512, 256
+
+
+@triton.jit
+@no_type_check
+def _turn(x, half, rest, position, frequencies, lane, R: tl.constexpr):
+    """Rotary: the pairs (i, i + R) of `x`, given as `half` shifted to each other's place."""
+    pair = tl.where(lane < R, lane, lane - R)
+    angle = position.to(tl.float64) * tl.load(frequencies + pair, mask=lane < 2 * R, other=0.0)
+    # In turns, so that float32 sees an angle below 2 pi at any position.
+    turns = angle * 0.15915494309189535
+    angle = ((turns - tl.floor(turns)) * 6.283185307179586).to(tl.float32)
+    sign = tl.where(lane < R, -1.0, 1.0)
+    return tl.where(lane < 2 * R, x * tl.cos(angle) + sign * half * tl.sin(angle), rest)
+
+
+@triton.jit
+@no_type_check
+def _rotated(x_ptr, position, frequencies, lane, D: tl.constexpr, R: tl.constexpr):
+    """A head of D channels at `x_ptr`, rotated, in float32."""
+    x = tl.load(x_ptr + lane, mask=lane < D, other=0.0).to(tl.float32)
+    if R == 0:
+        return x
+    other = tl.where(lane < R, lane + R, lane - R)
+    half = tl.load(x_ptr + other, mask=lane < 2 * R, other=0.0).to(tl.float32)
+    return _turn(x, half, x, position, frequencies, lane, R)
+
+
+@triton.jit
+@no_type_check
+def _attention_step_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    keys_ptr,
+    values_ptr,
+    seen_ptr,
+    frequencies,
+    out_ptr,
+    parts_ptr,
+    q_stride,
+    k_stride,
+    v_stride,
+    slots,
+    SCALE: tl.constexpr,
+    H: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    row, head, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    lane = tl.arange(0, BLOCK_D)
+    inside = lane < D
+    position = tl.load(seen_ptr + row)
+    place = (position % slots).to(tl.int32)
+    filled = tl.minimum(position + 1, slots).to(tl.int32)
+    owner = head // GROUP
+    query = _rotated(q_ptr + row * q_stride + head * D, position, frequencies, lane, D, R) * SCALE
+    key = _rotated(k_ptr + row * k_stride + owner * D, position, frequencies, lane, D, R)
+    value = tl.load(v_ptr + row * v_stride + owner * D + lane, mask=inside, other=0.0)
+    base = row * slots * (H // GROUP * D) + owner * D
+    key = key.to(keys_ptr.dtype.element_ty)
+    # Row r of a tile keeps a softmax of its own over slots r, r + BLOCK_S, ...; rows are
+    # joined once, at the end.
+    peaks = tl.full((BLOCK_S,), LOWEST, tl.float32)
+    totals = tl.zeros((BLOCK_S,), tl.float32)
+    tile = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
+    share = tl.cdiv(filled, SPLITS)
+    begin, end = part * share, tl.minimum(part * share + share, filled)
+    for first in range(begin, end, BLOCK_S):
+        slot = first + tl.arange(0, BLOCK_S)
+        # The new token's slot is being written, perhaps by another program of the group.
+        real = (slot < end) & (slot != place)
+        cell = base + slot.to(tl.int64)[:, None] * (H // GROUP * D) + lane[None, :]
+        present = real[:, None] & inside[None, :]
+        past = tl.load(keys_ptr + cell, mask=present, other=0.0).to(tl.float32)
+        score = tl.where(real, tl.sum(past * query[None, :], axis=1), float("-inf"))
+        past = tl.load(values_ptr + cell, mask=present, other=0.0).to(tl.float32)
+        higher = tl.maximum(peaks, score)
+        shrink, weight = tl.exp(peaks - higher), tl.exp(score - higher)
+        totals = totals * shrink + weight
+        tile = tile * shrink[:, None] + past * weight[:, None]
+        peaks = higher
+    # The new token counts in the first part.
+    own = tl.where(part == 0, tl.sum(query * key.to(tl.float32)), LOWEST)
+    peak = tl.maximum(tl.max(peaks), own)
+    scale, own = tl.exp(peaks - peak), tl.where(part == 0, tl.exp(own - peak), 0.0)
+    total = tl.sum(totals * scale) + own
+    out = tl.sum(tile * scale[:, None], axis=0) + own * value.to(tl.float32)
+    if (part == 0) & (head % GROUP == 0):
+        tl.store(keys_ptr + base + place * (H // GROUP * D) + lane, key, mask=inside)
+        tl.store(values_ptr + base + place * (H // GROUP * D) + lane, value, mask=inside)
+    if SPLITS == 1:
+        tl.store(out_ptr + (row * H + head) * D + lane, out / total, mask=inside)
+    else:
+        store = parts_ptr + ((row * H + head) * SPLITS + part) * (BLOCK_D + 2)
+        tl.store(store + lane, out)
+        tl.store(store + BLOCK_D, peak)
+        tl.store(store + BLOCK_D + 1, total)
+
+
+@triton.jit
+@no_type_check
+def _join_kernel(parts_ptr, out_ptr, D: tl.constexpr, SPLITS: tl.constexpr, BLOCK_D: tl.constexpr):
+    pair = tl.program_id(0).to(tl.int64)
+    lane, part = tl.arange(0, BLOCK_D), tl.arange(0, SPLITS)
+    parts = parts_ptr + (pair * SPLITS + part) * (BLOCK_D + 2)
+    peak = tl.load(parts + BLOCK_D)
+    weight = tl.exp(peak - tl.max(peak))
+    total = tl.sum(weight * tl.load(parts + BLOCK_D + 1))
+    out = tl.sum(weight[:, None] * tl.load(parts[:, None] + lane[None, :]), axis=0)
+    tl.store(out_ptr + pair * D + lane, out / total, mask=lane < D)
+
+
+def attention_step_kernel(
+    q: Float[Tensor, "B H D"],
+    k: Float[Tensor, "B G D"],
+    v: Float[Tensor, "B G D"],
+    keys: Float[Tensor, "B S G D"],
+    values: Float[Tensor, "B S G D"],
+    seen: Int[Tensor, " B"],
+    frequencies: Float[Tensor, " R"],
+) -> Float[Tensor, "B H D"]:
+    """Softmax attention of token `seen` over the cache and itself; writes it to the cache.
+
+    q and k are as projected, not rotated (heads contiguous, H a multiple of G);
+    `frequencies` are float64. The cache is contiguous. `seen` is not advanced.
+    """
+    (B, H, D), (S, G), R = q.shape, keys.shape[1:3], frequencies.shape[0]
+    out = torch.empty((B, H, D), dtype=v.dtype, device=v.device)
+    block_d, splits = 1 << (D - 1).bit_length(), split_count(B * H, S)
+    parts = torch.empty(
+        B * H * splits * (block_d + 2) if splits > 1 else 1, dtype=torch.float32, device=q.device
+    )
+    _attention_step_kernel[(B, H, splits)](
+        q,
+        k,
+        v,
+        keys,
+        values,
+        seen,
+        frequencies,
+        out,
+        parts,
+        q.stride(0),
+        k.stride(0),
+        v.stride(0),
+        S,
+        SCALE=D**-0.5,
+        H=H,
+        GROUP=H // G,
+        D=D,
+        R=R,
+        SPLITS=splits,
+        BLOCK_D=block_d,
+        **TILE,
+    )
+    if splits > 1:
+        _join_kernel[(B * H,)](parts, out, D=D, SPLITS=splits, BLOCK_D=block_d, **JOIN)
+    return out
+
+
+def split_count(pairs: int, slots: int) -> int:
+    """Parts (a power of two) in which each of `pairs` rows and heads reads its slots."""
+    wanted = max(1, min(-(-PROGRAMS // pairs), slots // SMALLEST))
+    return 2 ** (wanted.bit_length() - 1)

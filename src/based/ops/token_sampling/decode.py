@@ -1,0 +1,183 @@
+"""Sampling without a sort: one program a row, a few passes over logits that the cache holds.
+
+Thresholds of top-k and top-p are found by an eight-way search over the order of
+float32 keys, so ties are cut exactly as the sorted reference cuts them. Rows that
+do not use an option skip its passes: greedy rows make one pass.
+"""
+
+from typing import no_type_check
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float, Int
+from torch import Tensor
+
+BLOCK = 4096
+LAUNCH = {"num_warps": 8}
+
+
+@triton.jit
+@no_type_check
+def _scaled(logits, ids, vocab, temperature):
+    x = tl.load(logits + ids, mask=ids < vocab, other=float("-inf")).to(tl.float32)
+    # Plus zero, so that the two zeros have one key.
+    return tl.div_rn(x, temperature) + 0.0
+
+
+@triton.jit
+@no_type_check
+def _keys(x):
+    """Integers in the order of float32 values."""
+    bits = x.to(tl.int32, bitcast=True)
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+@triton.jit
+@no_type_check
+def _value(key):
+    return tl.where(key < 0, key ^ 0x7FFFFFFF, key).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+@no_type_check
+def _search(logits, vocab, temperature, top, goal, MASS: tl.constexpr, BLOCK: tl.constexpr):
+    """The largest key t such that tokens with keys >= t number, or weigh, at least `goal`."""
+    low = tl.full((), -(2**31), tl.int64)
+    step = tl.arange(0, 8)
+    for number in range(11):
+        shift = tl.maximum(29 - 3 * number, 0)
+        edges = low + (step.to(tl.int64) << shift)
+        reached = tl.zeros((8,), tl.float32)
+        for first in range(0, vocab, BLOCK):
+            ids = first + tl.arange(0, BLOCK)
+            x = _scaled(logits, ids, vocab, temperature)
+            weight = tl.where(ids < vocab, tl.exp(x - top) if MASS else 1.0, 0.0)
+            above = _keys(x).to(tl.int64)[:, None] >= edges[None, :]
+            reached += tl.sum(tl.where(above, weight[:, None], 0.0), axis=0)
+        passed = tl.sum(((reached >= goal) & (step > 0)).to(tl.int64))
+        low += passed << shift
+    return low.to(tl.int32)
+
+
+@triton.jit
+@no_type_check
+def _above(logits, vocab, temperature, top, key, BLOCK: tl.constexpr):
+    """Number and weight of tokens with keys above `key`."""
+    count, mass = tl.zeros((), tl.int32), tl.zeros((), tl.float32)
+    for first in range(0, vocab, BLOCK):
+        ids = first + tl.arange(0, BLOCK)
+        x = _scaled(logits, ids, vocab, temperature)
+        above = (_keys(x) > key) & (ids < vocab)
+        count += tl.sum(above.to(tl.int32))
+        mass += tl.sum(tl.where(above, tl.exp(x - top), 0.0))
+    return count, mass
+
+
+@triton.jit
+@no_type_check
+def _sample_kernel(
+    logits_ptr,
+    temperature_ptr,
+    top_k_ptr,
+    top_p_ptr,
+    seed_ptr,
+    position_ptr,
+    tokens_ptr,
+    logprobs_ptr,
+    vocab,
+    stride,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0)
+    logits = logits_ptr + row.to(tl.int64) * stride
+    peak, total = tl.full((), float("-inf"), tl.float32), tl.zeros((), tl.float32)
+    token, bad = tl.zeros((), tl.int32), tl.zeros((), tl.int32)
+    for first in range(0, vocab, BLOCK):
+        ids = first + tl.arange(0, BLOCK)
+        x = tl.load(logits + ids, mask=ids < vocab, other=float("-inf")).to(tl.float32)
+        strange = ((x != x) | (tl.abs(x) == float("inf"))) & (ids < vocab)
+        bad += tl.sum(strange.to(tl.int32))
+        x = tl.where(strange, 0.0, x)
+        highest = tl.max(x)
+        token = tl.where(highest > peak, tl.min(tl.where(x == highest, ids, vocab)), token)
+        higher = tl.maximum(peak, highest)
+        total = total * tl.exp(peak - higher) + tl.sum(tl.exp(x - higher))
+        peak = higher
+    temperature = tl.load(temperature_ptr + row)
+    if (temperature > 0) & (bad == 0):
+        top = tl.div_rn(peak, temperature)
+        top_k, top_p = tl.load(top_k_ptr + row), tl.load(top_p_ptr + row)
+        edge, ties = tl.full((), -(2**31), tl.int32), tl.zeros((), tl.int32)
+        if top_k < vocab:
+            goal = top_k.to(tl.float32)
+            edge = _search(logits, vocab, temperature, top, goal, False, BLOCK)
+            above, _ = _above(logits, vocab, temperature, top, edge, BLOCK)
+            ties = top_k.to(tl.int32) - above
+        count, mass = _above(logits, vocab, temperature, top, edge, BLOCK)
+        tie_weight = tl.where(ties > 0, tl.exp(_value(edge) - top), 0.0)
+        mass += ties * tie_weight
+        if top_p < 1:
+            goal = top_p * mass
+            found = _search(logits, vocab, temperature, top, goal, True, BLOCK)
+            if found > edge:
+                edge, ties = found, tl.full((), vocab, tl.int32)
+            count, mass = _above(logits, vocab, temperature, top, edge, BLOCK)
+            tie_weight = tl.exp(_value(edge) - top)
+            room = tl.ceil((goal - mass) / tl.maximum(tie_weight, 1e-38))
+            ties = tl.minimum(ties, tl.minimum(room, 2.0**30).to(tl.int32))
+            ties = tl.maximum(ties, (count == 0).to(tl.int32))
+            mass += ties * tie_weight
+        word = tl.randint(tl.load(seed_ptr + row), tl.load(position_ptr + row))
+        uniform = (word.to(tl.uint32, bitcast=True) >> 8).to(tl.float32) * 2.0**-24
+        target, reached = uniform * mass, tl.zeros((), tl.float32)
+        tied, hit, last = tl.zeros((), tl.int32), tl.full((), vocab, tl.int32), token
+        for first in range(0, vocab, BLOCK):
+            ids = first + tl.arange(0, BLOCK)
+            x = _scaled(logits, ids, vocab, temperature)
+            key = _keys(x)
+            tie = ((key == edge) & (ids < vocab)).to(tl.int32)
+            kept = (key > edge) | ((tie > 0) & (tied + tl.cumsum(tie) <= ties))
+            kept = kept & (ids < vocab)
+            weight = tl.where(kept, tl.exp(x - top), 0.0)
+            passed = kept & (reached + tl.cumsum(weight) > target)
+            hit = tl.minimum(hit, tl.min(tl.where(passed, ids, vocab)))
+            last = tl.maximum(last, tl.max(tl.where(kept, ids, 0)))
+            reached += tl.sum(weight)
+            tied += tl.sum(tie)
+        # Sums in another order may end a hair below the target.
+        token = tl.where(hit < vocab, hit, last)
+    token = tl.where(bad > 0, 0, token)
+    logprob = tl.load(logits + token).to(tl.float32) - peak - tl.log(total)
+    tl.store(tokens_ptr + row, token.to(tl.int64))
+    tl.store(logprobs_ptr + row, tl.where(bad > 0, float("nan"), logprob))
+
+
+def sample_tokens_kernel(
+    logits: Float[Tensor, "B V"],
+    temperature: Float[Tensor, " B"],
+    top_k: Int[Tensor, " B"],
+    top_p: Float[Tensor, " B"],
+    seed: Int[Tensor, " B"],
+    position: Int[Tensor, " B"],
+    block: int = BLOCK,
+) -> tuple[Int[Tensor, " B"], Float[Tensor, " B"]]:
+    """As `sample_tokens_reference`, in float32. `logits` has contiguous rows."""
+    rows, vocab = logits.shape
+    tokens = torch.empty(rows, dtype=torch.long, device=logits.device)
+    logprobs = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    _sample_kernel[(rows,)](
+        logits,
+        temperature,
+        top_k,
+        top_p,
+        seed,
+        position,
+        tokens,
+        logprobs,
+        vocab,
+        logits.stride(0),
+        BLOCK=block,
+        **LAUNCH,
+    )
+    return tokens, logprobs

@@ -1,0 +1,75 @@
+"""`python -m benchmarks.generation` at sizes for a CPU."""
+
+import sys
+
+import pytest
+
+from based.errors import BasedError
+from benchmarks import floors, generation, rows
+
+
+@pytest.fixture
+def bench(tmp_path, monkeypatch):
+    monkeypatch.setattr(rows, "RESULTS", tmp_path)
+    monkeypatch.setattr("benchmarks.generation_plot.RESULTS", tmp_path)
+
+    def run(*arguments: str) -> list[dict]:
+        command = ["generation", *arguments]
+        monkeypatch.setattr(sys, "argv", command)
+        generation.main()
+        return rows.read_rows("generation")
+
+    return run
+
+
+def test_decode_at_a_context_resumes_and_is_drawn(bench, monkeypatch) -> None:
+    command = ["decode", "--models", "based-tiny", "attn-tiny", "--batches", "1", "4"]
+    command += ["--contexts", "64", "--tokens", "3"]
+    got = bench(*command)
+    assert [(row["model"], row["batch"]) for row in got] == [
+        (model, batch) for model in ("based-tiny", "attn-tiny") for batch in (1, 4)
+    ]
+    for row in got:
+        assert row["tokens_per_second"] == pytest.approx(1000 * row["batch"] / row["ms_per_step"])
+        assert 0 < row["floor_ms"] < row["ms_per_step"]
+    # What is there at this commit is not measured again.
+    monkeypatch.setattr(generation, "build", None)
+    assert bench(*command) == got
+    path = generation.draw()
+    assert path.stat().st_size > 10_000
+
+
+def test_whole_requests_and_real_prompts(bench) -> None:
+    common = ("--models", "based-tiny", "--batches", "2", "--tokens", "5")
+    (row,) = bench("generate", *common, "--prompt", "9")
+    assert row["tokens_per_second"] == pytest.approx(2 * 5 / row["seconds"])
+    row = bench("prompt", *common, "--contexts", "50")[-1]
+    assert (row["piece"], row["context"]) == ("prompt", 50)
+
+
+def test_hugging_face_at_our_sizes(bench) -> None:
+    row = bench(
+        "huggingface", "--models", "attn-tiny", "--batches", "2", "--tokens", "4", "--prompt", "5"
+    )[-1]
+    assert (row["attention"], row["model"]) == ("sdpa", "attn-tiny")
+    assert row["tokens_per_second"] > 0
+
+
+def test_kernels_and_state(bench, monkeypatch) -> None:
+    monkeypatch.setattr(floors, "HEAD_DIMS", (64,))
+    monkeypatch.setattr(floors, "median_device_seconds", lambda call, device: call() is not None)
+    got = bench("kernels", "--batches", "2")
+    assert [row["kernel"] for row in got] == list(floors.KERNELS)
+    # A float32 state of 153 x 64 and its normaliser, read and written, two rows of 16 heads.
+    assert got[0]["bytes"] == 2 * 2 * 16 * 153 * 65 * 4
+    got = bench("state", "--contexts", "100")[-4:]
+    assert {(row["stored"], row["recent"]) for row in got} == {
+        (stored, recent) for stored in ("float32", "bfloat16") for recent in (0, 16)
+    }
+
+
+def test_absent_peers_say_what_they_need(bench, tmp_path) -> None:
+    with pytest.raises(BasedError, match="needs mamba-ssm"):
+        bench("mamba", "--batches", "1")
+    with pytest.raises(BasedError, match="is no checkout of the official repository"):
+        bench("official", "--batches", "1", "--repository", str(tmp_path))

@@ -1,0 +1,72 @@
+"""The engine on a GPU: graphs, kernels and bfloat16 change nothing that they may not change."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from test_engine import SAMPLED, alone, config, make, prompt, run, same_bits
+
+from based.generation import Engine, Sampling
+from based.models import Decoder
+
+pytestmark = pytest.mark.gpu
+
+GREEDY = Sampling(temperature=0.0, max_new_tokens=20)
+
+
+@pytest.fixture(params=["based-tiny", "attn-tiny"])
+def model(request) -> Decoder:
+    return make(request.param).to("cuda", torch.bfloat16)
+
+
+def test_within_one_batch_size_neighbours_change_no_bit(model) -> None:
+    settings = config(slots=8, deterministic=True)
+    engine = Engine(model, settings)
+    lengths = (5, 40, 1, 16, 17, 33, 9, 2, 20)
+    requests = [engine.submit(prompt(n, n), replace(SAMPLED, seed=n)) for n in lengths]
+    run(engine, *requests)
+    for n, request in zip(lengths, requests, strict=True):
+        assert same_bits(request, alone(model, prompt(n, n), request.sampling, settings))
+
+
+def test_across_batch_sizes_log_probabilities_stay_near(model) -> None:
+    engine = Engine(model, config(slots=32))
+    requests = [engine.submit(prompt(9), GREEDY) for _ in range(32)]
+    run(engine, *requests)
+    want = alone(model, prompt(9), GREEDY, config(slots=1))
+    for request in requests:
+        same = [a == b for a, b in zip(request.tokens, want.tokens, strict=True)]
+        count = same.index(False) if False in same else len(same)
+        assert count > 0
+        assert request.logprobs[:count] == pytest.approx(want.logprobs[:count], abs=0.1)
+
+
+def test_a_float32_model_draws_what_a_cpu_draws() -> None:
+    model = make()
+    want = alone(model, prompt(9), SAMPLED, config())
+    got = alone(model.cuda(), prompt(9), SAMPLED, config())
+    assert got.tokens == want.tokens
+
+
+def test_preemption_changes_no_bit(model) -> None:
+    settings = config(slots=4, deterministic=True)
+    want = alone(model, prompt(7), SAMPLED, settings)
+    engine = Engine(model, settings)
+    request = engine.submit(prompt(7), SAMPLED)
+    for _ in range(6):
+        engine.step()
+    engine.preempt(request)
+    run(engine, request, *(engine.submit(prompt(5, i), SAMPLED) for i in range(5)))
+    assert same_bits(request, want)
+
+
+def test_a_decode_step_never_waits_for_the_device(model) -> None:
+    engine = Engine(model, config(slots=4))
+    engine.submit(prompt(3), replace(SAMPLED, max_new_tokens=50))
+    for _ in range(5):
+        engine.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        engine._launch()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

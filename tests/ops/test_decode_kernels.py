@@ -1,0 +1,246 @@
+"""The decode kernels against float64 references: interpreted, or on a GPU if there is one."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from based.generation import Engine, EngineConfig, Sampling
+from based.models import Decoder, DecoderConfig
+from based.ops import elementwise, elementwise_decode
+from based.ops.gated_short_convolution.decode import convolution_step_kernel
+from based.ops.gated_short_convolution.reference import gated_short_convolution_reference
+from based.ops.rotary import inverse_frequencies, rotate
+from based.ops.sliding_window_attention import decode as attention
+from based.ops.softmax_attention.reference import softmax_attention_reference
+from based.ops.taylor_linear_attention.decode import taylor_step_kernel
+from based.ops.taylor_linear_attention.features import key_features
+from based.ops.taylor_linear_attention.reference import taylor_linear_attention_reference
+from based.ops.token_sampling.decode import sample_tokens_kernel
+from based.ops.token_sampling.reference import sample_tokens_reference
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# Largest error relative to the largest value.
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.2e-2}
+
+
+@pytest.fixture(autouse=True)
+def _kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("based.ops.kernels.INTERPRETING", DEVICE.type == "cpu")
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64).to(device=DEVICE, dtype=dtype)
+
+
+def close(got: Tensor, want: Tensor, tolerance: float) -> None:
+    assert got.shape == want.shape
+    error = (got.double() - want.double()).abs().max() / want.double().abs().max()
+    assert error <= tolerance, f"differs by {error:.2e}"
+
+
+def taylor_state(rows: int, heads: int, K: int, V: int) -> tuple[Tensor, Tensor]:
+    """What twenty earlier tokens leave, float64."""
+    phi = key_features(draw(rows, 20, heads, K, dtype=torch.float64))
+    values = draw(rows, 20, heads, V, dtype=torch.float64)
+    return torch.einsum("bthf,bthv->bhfv", phi, values), phi.sum(1)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("K", "V"), [(16, 64), (16, 112), (5, 3), (8, 20)])
+def test_taylor_step(K: int, V: int, dtype: torch.dtype) -> None:
+    rows, heads = 2, 3
+    numerator, denominator = taylor_state(rows, heads, K, V)
+    state = numerator.float(), denominator.float()
+    for _ in range(3):
+        q, k, v = (draw(rows, heads, D, dtype=dtype) for D in (K, K, V))
+        wide = (x.double()[:, None] for x in (q, k, v))
+        want, numerator, denominator = taylor_linear_attention_reference(
+            *wide, numerator, denominator
+        )
+        close(taylor_step_kernel(q, k, v, *state), want[:, 0], TOLERANCE[dtype])
+    close(state[0], numerator, 1e-6)
+    close(state[1], denominator, 1e-6)
+
+
+def test_taylor_step_reads_slices_and_stores_bfloat16() -> None:
+    q, k, v = draw(2, 3 * (16 + 16 + 64)).split([48, 48, 192], dim=1)
+    q, k, v = (x.unflatten(1, (3, -1)) for x in (q, k, v))
+    numerator, denominator = taylor_state(2, 3, 16, 64)
+    numerator = numerator.bfloat16()
+    want, after, _ = taylor_linear_attention_reference(
+        *(x.double()[:, None] for x in (q, k, v)), numerator.double(), denominator
+    )
+    close(taylor_step_kernel(q, k, v, numerator, denominator.float()), want[:, 0], 2e-6)
+    # The interpreter cuts where a GPU rounds: one unit in the last place.
+    close(numerator, after, 2**-7)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("V", [64, 112])
+def test_deferred_taylor_step_at_every_phase(V: int, dtype: torch.dtype) -> None:
+    """Rows whose rings fill in different steps; slots not yet taken hold garbage."""
+    rows, heads, K, R = 3, 1, 16, 4
+    numerator, denominator = taylor_state(rows, heads, K, V)
+    state = numerator.float(), denominator.float()
+    ring = [draw(rows, R, heads, D, dtype=dtype) for D in (K, V)]
+    seen = torch.tensor([0, 4, 8], device=DEVICE)
+    for step in range(2 * R + 1):
+        q, k, v = (draw(rows, heads, D, dtype=dtype) for D in (K, K, V))
+        wide = (x.double()[:, None] for x in (q, k, v))
+        want, numerator, denominator = taylor_linear_attention_reference(
+            *wide, numerator, denominator
+        )
+        got = taylor_step_kernel(q, k, v, *state, *ring, seen)
+        close(got, want[:, 0], TOLERANCE[dtype])
+        if step in (R - 1, 2 * R - 1):
+            close(state[0], numerator, 1e-6)
+            close(state[1], denominator, 1e-6)
+        seen += 1
+
+
+def test_a_full_ring_folds_its_row_alone() -> None:
+    state = [x.float() for x in taylor_state(2, 1, 16, 8)]
+    before = [x.clone() for x in state]
+    ring = [draw(2, 4, 1, D) for D in (16, 8)]
+    inputs = [draw(2, 1, D) for D in (16, 16, 8)]
+    taylor_step_kernel(*inputs, *state, *ring, torch.tensor([3, 2], device=DEVICE))
+    for now, then in zip(state, before, strict=True):
+        assert (now[0] != then[0]).any()
+        assert torch.equal(now[1], then[1])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("D", "R"), [(112, 56), (20, 3), (16, 0)])
+@pytest.mark.parametrize("group", [1, 2])
+def test_attention_step_in_a_ring(D: int, R: int, group: int, dtype: torch.dtype) -> None:
+    rows, heads, slots = 2, 2, 3
+    frequencies = inverse_frequencies(D, 2 * R / D).to(DEVICE)
+    assert len(frequencies) == R
+    # Garbage that a row has not filled yet must not be read.
+    keys, values = (
+        torch.full((rows, slots, heads // group, D), torch.nan, dtype=dtype, device=DEVICE)
+        for _ in range(2)
+    )
+    seen, history = torch.zeros(rows, dtype=torch.long, device=DEVICE), []
+    for step in range(5):
+        q = draw(rows, heads, D, dtype=dtype)
+        k, v = (draw(rows, heads // group, D, dtype=dtype) for _ in range(2))
+        got = attention.attention_step_kernel(q, k, v, keys, values, seen, frequencies)
+        turned = [rotate(x.double()[:, None], seen[:, None], frequencies) for x in (q, k)]
+        history.append((turned[1].to(dtype).double(), v.double()[:, None]))
+        past_keys, past_values = (
+            torch.cat(x, dim=1).repeat_interleave(group, dim=2)
+            for x in zip(*history[-slots:], strict=True)
+        )
+        last = torch.full((rows,), past_keys.shape[1] - 1, device=DEVICE)
+        want = softmax_attention_reference(turned[0], past_keys, past_values, last)
+        close(got, want[:, 0], TOLERANCE[dtype])
+        close(keys[:, step % slots], history[-1][0][:, 0], TOLERANCE[dtype])
+        seen += 1
+
+
+def test_attention_step_far_out_and_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Positions that float32 cannot turn; rows of different lengths read in eight parts."""
+    monkeypatch.setattr(attention, "SMALLEST", 4)
+    rows, heads, slots, D = 3, 2, 40, 16
+    assert attention.split_count(rows * heads, slots) == 8
+    frequencies = inverse_frequencies(D).to(DEVICE)
+    q, k, v = (draw(rows, heads, D) for _ in range(3))
+    keys, values = (draw(rows, slots, heads, D) for _ in range(2))
+    seen = torch.tensor([0, 17, 1_000_000_007], device=DEVICE)
+    turned_q, turned_k = (rotate(x.double()[:, None], seen[:, None], frequencies) for x in (q, k))
+    wide_keys, wide_values = keys.double(), values.double()
+    for row in range(rows):
+        wide_keys[row, seen[row] % slots], wide_values[row, seen[row] % slots] = (
+            turned_k[row, 0],
+            v[row].double(),
+        )
+    want = softmax_attention_reference(turned_q, wide_keys, wide_values, seen.clamp(max=slots))
+    got = attention.attention_step_kernel(q, k, v, keys, values, seen, frequencies)
+    close(got, want[:, 0], 2e-6)
+    close(keys, wide_keys, 2e-6)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("width", [1, 2, 3, 4])
+def test_convolution_step(width: int, dtype: torch.dtype) -> None:
+    x, gate = draw(2, 2, 1500, dtype=dtype).unbind(1)
+    weight, past = draw(1500, width, dtype=dtype), draw(2, width - 1, 1500, dtype=dtype)
+    wide = (t.double() for t in (x[:, None], gate[:, None], weight, past))
+    want, after = gated_short_convolution_reference(*wide)
+    close(convolution_step_kernel(x, gate, weight, past), want[:, 0], TOLERANCE[dtype])
+    assert torch.equal(past.double(), after)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("with_branch", [True, False])
+def test_add_rms_norm(with_branch: bool, dtype: torch.dtype) -> None:
+    x, weight = draw(3, 1792), draw(1792, dtype=dtype)
+    branch = draw(3, 1792, dtype=dtype) if with_branch else None
+    wide = None if branch is None else branch.double()
+    want = elementwise.add_rms_norm(x.double(), wide, weight.double(), 1e-5)
+    got = elementwise_decode.add_rms_norm_kernel(x, branch, weight, 1e-5)
+    close(got[0], want[0], 1e-7)
+    close(got[1], want[1], TOLERANCE[dtype])
+    assert got[1].dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_swiglu(dtype: torch.dtype) -> None:
+    x = draw(3, 2 * 1100, dtype=dtype)
+    close(elementwise_decode.swiglu_kernel(x), elementwise.swiglu(x.double()), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_sampling_draws_the_reference_s_tokens(dtype: torch.dtype) -> None:
+    """Ties, cuts of every kind, rows that are not finite; the last rows are greedy."""
+    rows, vocab = 16, 150
+    logits = (3 * draw(rows, vocab)).to(dtype)
+    logits[4:9] = logits[4:9].round()
+    logits[2, 7], logits[3, 149], logits[5, 0] = torch.nan, torch.inf, -torch.inf
+    temperature = torch.linspace(0.2, 2.5, rows)
+    temperature[-3:] = 0
+    top_k = torch.tensor([150, 1, 20, 150, 7, 5, 3, 40, 150, 11, 150, 150, 2, 150, 10, 150])
+    top_p = torch.tensor(
+        [1.0, 1.0, 0.5, 1.0, 0.7, 1.0, 0.99, 0.9, 0.6, 1e-9, 0.95, 1, 1, 1, 0.5, 1]
+    )
+    seed = torch.randint(-(2**62), 2**62, (rows,))
+    position = torch.randint(0, 2**40, (rows,))
+    options = [x.to(DEVICE) for x in (temperature, top_k, top_p, seed, position)]
+    want, want_logprobs = sample_tokens_reference(logits, *options)
+    got, logprobs = sample_tokens_kernel(logits, *options, block=64)
+    assert got.tolist() == want.tolist()
+    assert logprobs.isnan().tolist() == [row in (2, 3, 5) for row in range(rows)]
+    torch.testing.assert_close(logprobs, want_logprobs, equal_nan=True)
+
+
+def test_the_engine_on_kernels_draws_what_the_reference_draws() -> None:
+    """The whole path, dispatch included; the start-up check runs on the kernels too."""
+    linear, window = "taylor_linear_attention", "sliding_window_attention"
+    config = DecoderConfig(
+        vocab_size=60,
+        hidden_size=16,
+        intermediate_size=24,
+        mixers=("gated_convolution", linear, window, "softmax_attention"),
+        mixer_options={
+            linear: {"num_heads": 1, "feature_dim": 4},
+            window: {"num_heads": 1, "window": 3},
+            "softmax_attention": {"num_heads": 2, "num_kv_heads": 1},
+        },
+        initializer_range=0.5,
+    )
+    model = Decoder(config).to(DEVICE)
+    greedy = Sampling(temperature=0.0, max_new_tokens=6)
+    sampled = Sampling(temperature=1.2, top_k=20, max_new_tokens=3, seed=3)
+
+    def tokens() -> list[list[int]]:
+        engine = Engine(model, EngineConfig(slots=2, max_length=64, recent=3))
+        requests = [engine.submit([1, 2, 3], sampled), engine.submit([4], greedy)]
+        while engine.busy:
+            engine.step()
+        return [request.tokens for request in requests]
+
+    got = tokens()
+    # float64 has no kernels.
+    model.double()
+    assert tokens() == got

@@ -1,0 +1,44 @@
+"""Compiled blocks: once a kind, without a break, and the same numbers."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import ranks
+import torch
+from torch._dynamo.utils import counters
+from torch.nn import Module
+
+from based.models.presets import based_model
+from based.training import TrainConfig
+from based.training.learner import Learner
+from based.training.parallel import Ranks
+
+CONFIG = TrainConfig(Path("synthetic"), batch_size=2, length=40, micro_batch=1)
+SHAPE = based_model(48, 7, (1, 4), (2, 5), num_heads=4, window=9, vocab_size=64)
+
+
+def train(config: TrainConfig) -> tuple[float, float]:
+    torch.manual_seed(0)
+    rows = torch.randint(64, (2, 41))
+    learner = Learner(SHAPE, config, Ranks(torch.device("cpu")))
+    for _ in range(2):
+        loss, norm = learner.gradients(rows)
+        learner.update(1e-3)
+    return loss.item(), norm
+
+
+def job() -> tuple[list[tuple[float, float]], int, list[str]]:
+    """Where types are not checked at each call, which a compiler cannot follow."""
+    # The graphs are what is tested; generating code for them would take a minute.
+    compile_with = Module.compile
+    Module.compile = lambda self, **options: compile_with(self, backend="aot_eager", **options)
+    found = [train(CONFIG), train(replace(CONFIG, compile=True))]
+    return found, counters["stats"]["unique_graphs"], list(counters["graph_break"])
+
+
+def test_each_kind_of_block_is_compiled_once() -> None:
+    (((plain, compiled), graphs, breaks),) = ranks.run(1, job)
+    assert compiled == pytest.approx(plain, rel=1e-5)
+    assert breaks == []
+    assert graphs == 3

@@ -1,0 +1,224 @@
+"""The whole sequence as Triton kernels: one pass forward, one pass back.
+
+A program walks a stretch of one row's tokens for a block of channels, GROUP tokens at
+a time: first it loads all that they need, so that enough bytes are on their way, then
+it computes. The backward pass walks from a stretch's end to its begin, because a
+token's input gradient needs the gradients behind the SiLU of the next W - 1 tokens;
+these it computes again for the tokens just beyond the end.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from based.ops.packed import positions, sequence_ids
+
+FORWARD = {"BLOCK": 512, "GROUP": 8, "num_warps": 4}
+BACKWARD = {"BLOCK": 512, "GROUP": 4, "num_warps": 4}
+# Tokens of a stretch, at most; the sums for the weight's gradient leave a program once.
+LONGEST = {"forward": 32, "backward": 64}
+# Two rounds of the largest GPUs' multiprocessors, four programs on each.
+PROGRAMS = 1024
+
+
+@triton.jit
+def load_rows(base, stride, first, limit, channel, real, COUNT: tl.constexpr):
+    """COUNT rows from `first` on, [BLOCK] each; zeros before row 0 and from `limit` on."""
+    rows = ()
+    for i in tl.static_range(COUNT):
+        row = first + i
+        inside = real & (row >= 0) & (row < limit)
+        rows = rows + (tl.load(base + row * stride + channel, mask=inside, other=0.0),)  # noqa: RUF005
+    return rows
+
+
+@triton.jit
+def load_taps(weight_ptr, channel, real, W: tl.constexpr):
+    """The W taps of each channel, oldest input's first, [BLOCK] each, float32."""
+    taps = ()
+    for j in tl.static_range(W):
+        tap = tl.load(weight_ptr + channel * W + j, mask=real, other=0.0)
+        taps = taps + (tap.to(tl.float32),)  # noqa: RUF005
+    return taps
+
+
+@triton.jit
+def place_of(token, row, limit, position_ptr, sequence_ptr, PACKED: tl.constexpr):
+    """A token's position in its own sequence, and which sequence that is."""
+    position, sequence = token, row
+    if PACKED:
+        position = tl.load(position_ptr + token, mask=token < limit, other=0)
+        sequence = tl.load(sequence_ptr + token, mask=token < limit, other=0)
+    return position, sequence
+
+
+@triton.jit
+def inputs_of(
+    rows,
+    place: tl.constexpr,  # of the oldest of them among the rows
+    position,
+    past_ptr,  # of the token's sequence
+    channels,
+    channel,
+    real,
+    W: tl.constexpr,
+    HAS_PAST: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """The W inputs that one output sees, oldest first, [BLOCK] each, float32."""
+    seen = ()
+    for j in tl.static_range(W):
+        x = rows[place + j].to(tl.float32)
+        if (HAS_PAST or PACKED) and j < W - 1:
+            own = position >= W - 1 - j
+            before = tl.zeros_like(x)
+            if HAS_PAST:
+                slot = past_ptr + (position + j) * channels + channel
+                before = tl.load(slot, mask=real & (own == 0), other=0.0).to(tl.float32)
+            x = tl.where(own, x, before)
+        seen = seen + (x,)  # noqa: RUF005
+    return seen
+
+
+@triton.jit
+def weighted(taps, seen, W: tl.constexpr):
+    """sum_j taps_j seen_j."""
+    total = taps[0] * seen[0]
+    for j in tl.static_range(1, W):
+        total += taps[j] * seen[j]
+    return total
+
+
+@triton.jit
+def _forward_kernel(
+    projected_ptr,
+    weight_ptr,
+    past_ptr,
+    position_ptr,
+    sequence_ptr,
+    out_ptr,
+    row_stride,
+    token_stride,
+    T,
+    channels,
+    length,
+    W: tl.constexpr,
+    HAS_PAST: tl.constexpr,
+    PACKED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    blocks, stretches = tl.cdiv(channels, BLOCK), tl.cdiv(T, length)
+    program = tl.program_id(0)
+    channel = program % blocks * BLOCK + tl.arange(0, BLOCK)
+    begin = (program // blocks % stretches * length).to(tl.int64)
+    row = (program // blocks // stretches).to(tl.int64)
+    real = channel < channels
+    inputs = projected_ptr + row * row_stride
+    out = out_ptr + row * T * channels + channel
+    taps = load_taps(weight_ptr, channel, real, W)
+    for group in range(length // GROUP):
+        first = begin + group * GROUP
+        rows = load_rows(inputs, token_stride, first - (W - 1), T, channel, real, GROUP + W - 1)
+        gates = load_rows(inputs + channels, token_stride, first, T, channel, real, GROUP)
+        for i in tl.static_range(GROUP):
+            token = first + i
+            position, sequence = place_of(token, row, T, position_ptr, sequence_ptr, PACKED)
+            past = past_ptr + sequence * (W - 1) * channels
+            seen = inputs_of(rows, i, position, past, channels, channel, real, W, HAS_PAST, PACKED)
+            y = weighted(taps, seen, W)
+            y = y * tl.sigmoid(y) * gates[i].to(tl.float32)
+            tl.store(out + token * channels, y, mask=real & (token < T))
+
+
+@triton.jit
+def _backward_kernel(
+    projected_ptr,
+    weight_ptr,
+    past_ptr,
+    position_ptr,
+    sequence_ptr,
+    d_out_ptr,
+    d_projected_ptr,
+    d_past_ptr,
+    d_weight_ptr,  # [B * stretches, C, W]: a part from each
+    row_stride,
+    token_stride,
+    d_row_stride,
+    d_token_stride,
+    T,
+    channels,
+    length,
+    W: tl.constexpr,
+    HAS_PAST: tl.constexpr,
+    PACKED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    blocks, stretches = tl.cdiv(channels, BLOCK), tl.cdiv(T, length)
+    program = tl.program_id(0)
+    channel = program % blocks * BLOCK + tl.arange(0, BLOCK)
+    begin = (program // blocks % stretches * length).to(tl.int64)
+    row = (program // blocks // stretches).to(tl.int64)
+    real = channel < channels
+    end = tl.minimum(begin + length, T)
+    limit = tl.minimum(begin + length + W - 1, T)
+    inputs, d_out = projected_ptr + row * row_stride, d_out_ptr + row * d_row_stride
+    d_inputs = d_projected_ptr + row * T * 2 * channels + channel
+    taps = load_taps(weight_ptr, channel, real, W)
+    # Gradients behind the SiLU of the tokens after the present one, and sums over tokens.
+    later, totals = (), ()
+    for j in tl.static_range(W):
+        totals = totals + (tl.zeros([BLOCK], tl.float32),)  # noqa: RUF005
+        if j < W - 1:
+            later = later + (tl.zeros([BLOCK], tl.float32),)  # noqa: RUF005
+    groups = length // GROUP + (W + GROUP - 2) // GROUP
+    for group in range(groups):
+        first = begin + (groups - 1 - group) * GROUP
+        rows = load_rows(
+            inputs, token_stride, first - (W - 1), limit, channel, real, GROUP + W - 1
+        )
+        gates = load_rows(inputs + channels, token_stride, first, limit, channel, real, GROUP)
+        d_outs = load_rows(d_out, d_token_stride, first, limit, channel, real, GROUP)
+        for i in tl.static_range(GROUP - 1, -1, -1):
+            token = first + i
+            position, sequence = place_of(token, row, limit, position_ptr, sequence_ptr, PACKED)
+            past = past_ptr + sequence * (W - 1) * channels
+            seen = inputs_of(rows, i, position, past, channels, channel, real, W, HAS_PAST, PACKED)
+            y = weighted(taps, seen, W)
+            s, d = tl.sigmoid(y), d_outs[i].to(tl.float32)
+            mine = token < end
+            place = d_inputs + token * 2 * channels
+            tl.store(place + channels, d * y * s, mask=real & mine)
+            d *= gates[i].to(tl.float32) * s * (1 + y * (1 - s))
+            later = (d,) + later  # noqa: RUF005
+            d_x = taps[W - 1] * d
+            totals_after = ()
+            for j in tl.static_range(W):
+                if j > 0:
+                    d_x += taps[W - 1 - j] * later[j]
+                added = tl.where(mine, d * seen[j], 0.0)
+                totals_after = totals_after + (totals[j] + added,)  # noqa: RUF005
+            totals = totals_after
+            tl.store(place, d_x, mask=real & mine)
+            if HAS_PAST:
+                starts = real & mine & (position == 0)
+                for slot in tl.static_range(W - 1):
+                    d_before = taps[slot] * later[0]
+                    for after in tl.static_range(1, slot + 1):
+                        d_before += taps[slot - after] * later[after]
+                    d_past = d_past_ptr + (sequence * (W - 1) + slot) * channels + channel
+                    tl.store(d_past, d_before, mask=starts)
+            kept = ()
+            for j in tl.static_range(W - 1):
+                # What follows a sequence's first token reaches nothing before it.
+                d = tl.where(position == 0, 0.0, later[j]) if PACKED else later[j]
+                kept = kept + (d,)  # noqa: RUF005
+            later = kept
+    part = d_weight_ptr + ((row * stretches + begin // length) * channels + channel) * W
+    for j in tl.static_range(W):
+        tl.store(part + j, totals[j], mask=real)

@@ -157,10 +157,10 @@ def _attention(batch: int, D: int, dtype: torch.dtype, slots: int) -> Made:
 
 def _convolution(batch: int, D: int, dtype: torch.dtype) -> Made:
     channels = 2 * HEADS * D
-    x, gate = torch.randn(batch, 2, channels, dtype=dtype).unbind(1)
+    projected = torch.randn(batch, 2 * channels, dtype=dtype)
     weight, past = torch.randn(channels, 3, dtype=dtype), torch.zeros(batch, 2, channels).to(dtype)
-    moved = float(2 * past.nbytes + 3 * x.numel() * x.element_size())
-    return lambda: gated_short_convolution_step(x, gate, weight, past), moved
+    moved = float(2 * past.nbytes + 1.5 * projected.nbytes)
+    return lambda: gated_short_convolution_step(projected, weight, past), moved
 
 
 KERNELS: dict[str, Callable[[int, int, torch.dtype], Made]] = {

@@ -16,11 +16,11 @@ from based.ops.softmax_attention.reference import softmax_attention_reference
 @pytest.mark.parametrize("width", [1, 2, 3, 4])
 @pytest.mark.parametrize("length", [1, 2, 3, 50])
 def test_convolution_is_the_reference(width: int, length: int) -> None:
-    x, gate = (torch.randn(2, length, 6, dtype=torch.float64) for _ in range(2))
+    projected = torch.randn(2, length, 12, dtype=torch.float64)
     weight = torch.randn(6, width, dtype=torch.float64)
     past = torch.randn(2, width - 1, 6, dtype=torch.float64)
-    want = gated_short_convolution_reference(x, gate, weight, past)
-    got = gated_short_convolution(x, gate, weight, past)
+    want = gated_short_convolution_reference(projected, weight, past)
+    got = gated_short_convolution(projected, weight, past)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b)
 

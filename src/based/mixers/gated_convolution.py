@@ -47,10 +47,10 @@ class GatedConvolution(Mixer):
     def _mix(
         self, x: Tensor, cu_seqlens: Tensor | None, state: State | None
     ) -> tuple[Tensor, State | None]:
-        inputs, gate = self.in_proj(x).chunk(2, dim=-1)
+        projected = self.in_proj(x)
         past = None if state is None else state["inputs"]
-        weight = self.conv_weight.to(inputs.dtype)
-        y, past = gated_short_convolution(inputs, gate, weight, past, cu_seqlens)
+        weight = self.conv_weight.to(projected.dtype)
+        y, past = gated_short_convolution(projected, weight, past, cu_seqlens)
         return self.out_proj(y), None if past is None else State(inputs=past)
 
     def segment_state(self, x: Float[Tensor, "B T C"], position: int) -> State:
@@ -65,6 +65,6 @@ class GatedConvolution(Mixer):
         return State(inputs=inputs[:, new:])
 
     def step(self, x: Float[Tensor, "B C"], state: State) -> Float[Tensor, "B C"]:
-        inputs, gate = self.in_proj(x).chunk(2, dim=-1)
-        weight = self.conv_weight.to(inputs.dtype)
-        return self.out_proj(gated_short_convolution_step(inputs, gate, weight, state["inputs"]))
+        projected = self.in_proj(x)
+        weight = self.conv_weight.to(projected.dtype)
+        return self.out_proj(gated_short_convolution_step(projected, weight, state["inputs"]))

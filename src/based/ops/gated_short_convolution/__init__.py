@@ -1,10 +1,7 @@
 """Gated short causal convolution, the mixing step of BaseConv (paper section 4.1)."""
 
-from based.ops.gated_short_convolution.shifted import (
-    gated_short_convolution,
-    next_past,
-    short_convolution,
-)
+from based.ops.gated_short_convolution.operator import gated_short_convolution
+from based.ops.gated_short_convolution.shifted import next_past, short_convolution
 from based.ops.gated_short_convolution.step import gated_short_convolution_step
 
 __all__ = [

@@ -2,7 +2,6 @@
 
 from typing import no_type_check
 
-import torch
 import triton
 import triton.language as tl
 from jaxtyping import Float
@@ -15,13 +14,11 @@ LAUNCH = {"BLOCK_C": BLOCK, "num_warps": 4}
 @triton.jit
 @no_type_check
 def _convolution_step_kernel(
-    x_ptr,
-    gate_ptr,
+    projected_ptr,
     weight_ptr,
     past_ptr,
     out_ptr,
-    x_stride,
-    gate_stride,
+    row_stride,
     channels,
     WIDTH: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -30,8 +27,9 @@ def _convolution_step_kernel(
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     real = channel < channels
     past = past_ptr + row * (WIDTH - 1) * channels + channel
-    x = tl.load(x_ptr + row * x_stride + channel, mask=real, other=0.0)
-    gate = tl.load(gate_ptr + row * gate_stride + channel, mask=real, other=0.0).to(tl.float32)
+    projected = projected_ptr + row * row_stride + channel
+    x = tl.load(projected, mask=real, other=0.0)
+    gate = tl.load(projected + channels, mask=real, other=0.0).to(tl.float32)
     weight = weight_ptr + channel * WIDTH
     tap = tl.load(weight + WIDTH - 1, mask=real, other=0.0).to(tl.float32)
     y = x.to(tl.float32) * tap
@@ -49,25 +47,22 @@ def _convolution_step_kernel(
 
 
 def convolution_step_kernel(
-    x: Float[Tensor, "B C"],
-    gate: Float[Tensor, "B C"],
+    projected: Float[Tensor, "B CC"],
     weight: Float[Tensor, "C W"],
     past: Float[Tensor, "B W-1 C"],
 ) -> Float[Tensor, "B C"]:
     """y = silu(conv(x)) * gate; `past` moves on by one token, in place.
 
-    x and gate may be slices of a projection; weight and past are contiguous.
+    The projection's channels are neighbours; weight and past are contiguous.
     """
-    rows, channels = x.shape
-    out = torch.empty((rows, channels), dtype=x.dtype, device=x.device)
+    rows, channels = projected.shape[0], weight.shape[0]
+    out = projected.new_empty(rows, channels)
     _convolution_step_kernel[(rows, triton.cdiv(channels, BLOCK))](
-        x,
-        gate,
+        projected,
         weight,
         past,
         out,
-        x.stride(0),
-        gate.stride(0),
+        projected.stride(0),
         channels,
         WIDTH=weight.shape[1],
         **LAUNCH,

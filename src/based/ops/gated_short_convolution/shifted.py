@@ -58,7 +58,9 @@ def next_past(
     """The last W - 1 inputs of each sequence, its own state included, oldest first."""
     count = past.shape[1]
     if cu_seqlens is None:
-        return torch.cat([past, x.to(past.dtype)], dim=1)[:, x.shape[1] :]
+        new = min(count, x.shape[1])
+        last = x[:, x.shape[1] - new :].to(past.dtype)
+        return torch.cat([past[:, new:], last], dim=1)
     # Slot j of sequence n is token (end - count + j), or an older slot of the state.
     slot = torch.arange(count, device=x.device)
     token = cu_seqlens[1:, None] - count + slot
@@ -71,12 +73,11 @@ def next_past(
 
 
 def gated_short_convolution(
-    x: Float[Tensor, "B T C"],
-    gate: Float[Tensor, "B T C"],
+    projected: Float[Tensor, "B T CC"],
     weight: Float[Tensor, "C W"],
     past: Float[Tensor, "N W-1 C"] | None = None,
     cu_seqlens: Int[Tensor, " E"] | None = None,
-) -> tuple[Float[Tensor, "B T C"], Float[Tensor, "N W-1 C"] | None]:
-    """y = silu(conv(x)) * gate, and the next state when `past` is given."""
-    y = F.silu(short_convolution(x, weight, past, cu_seqlens)) * gate
-    return y, None if past is None else next_past(x, past, cu_seqlens)
+) -> Float[Tensor, "B T C"]:
+    """y = silu(conv(x)) * gate, as `operator.py` describes it."""
+    x, gate = projected.chunk(2, dim=-1)
+    return F.silu(short_convolution(x, weight, past, cu_seqlens)) * gate

@@ -17,22 +17,38 @@ from torch import Tensor
 
 from based.ops.packed import positions, sequence_ids
 
-FORWARD = {"BLOCK": 512, "GROUP": 8, "num_warps": 4}
-BACKWARD = {"BLOCK": 512, "GROUP": 4, "num_warps": 4}
-# Tokens of a stretch, at most; the sums for the weight's gradient leave a program once.
-LONGEST = {"forward": 32, "backward": 64}
 # Two rounds of the largest GPUs' multiprocessors, four programs on each.
 PROGRAMS = 1024
 
 
+class Walk(NamedTuple):
+    """How a kernel's programs share the work."""
+
+    BLOCK: int
+    GROUP: int
+    num_warps: int
+    longest: int
+
+    def length(self, rows: int, tokens: int, channels: int) -> int:
+        """Tokens of a stretch: the fewer, the more programs; never less than two groups."""
+        length, blocks = self.longest, rows * triton.cdiv(channels, self.BLOCK)
+        while length > 2 * self.GROUP and blocks * triton.cdiv(tokens, length) < PROGRAMS:
+            length //= 2
+        return length
+
+
+FORWARD = Walk(BLOCK=512, GROUP=8, num_warps=4, longest=32)
+# Longer: each stretch leaves a part of the weight's gradient, and computes W - 1 tokens twice.
+BACKWARD = Walk(BLOCK=512, GROUP=4, num_warps=4, longest=64)
+
+
 @triton.jit
-def load_rows(base, stride, first, limit, channel, real, COUNT: tl.constexpr):
+def load_rows(base, stride, first, limit, real, COUNT: tl.constexpr):
     """COUNT rows from `first` on, [BLOCK] each; zeros before row 0 and from `limit` on."""
-    rows = ()
+    rows, base = (), base + first.to(tl.int64) * stride
     for i in tl.static_range(COUNT):
-        row = first + i
-        inside = real & (row >= 0) & (row < limit)
-        rows = rows + (tl.load(base + row * stride + channel, mask=inside, other=0.0),)  # noqa: RUF005
+        inside = real & (first + i >= 0) & (first + i < limit)
+        rows = rows + (tl.load(base + i * stride, mask=inside, other=0.0),)  # noqa: RUF005
     return rows
 
 
@@ -51,7 +67,7 @@ def place_of(token, row, limit, position_ptr, sequence_ptr, PACKED: tl.constexpr
     """A token's position in its own sequence, and which sequence that is."""
     position, sequence = token, row
     if PACKED:
-        position = tl.load(position_ptr + token, mask=token < limit, other=0)
+        position = tl.load(position_ptr + token, mask=token < limit, other=0).to(tl.int32)
         sequence = tl.load(sequence_ptr + token, mask=token < limit, other=0)
     return position, sequence
 
@@ -61,9 +77,8 @@ def inputs_of(
     rows,
     place: tl.constexpr,  # of the oldest of them among the rows
     position,
-    past_ptr,  # of the token's sequence
+    past,  # of the token's sequence
     channels,
-    channel,
     real,
     W: tl.constexpr,
     HAS_PAST: tl.constexpr,
@@ -77,7 +92,7 @@ def inputs_of(
             own = position >= W - 1 - j
             before = tl.zeros_like(x)
             if HAS_PAST:
-                slot = past_ptr + (position + j) * channels + channel
+                slot = past + (position + j) * channels
                 before = tl.load(slot, mask=real & (own == 0), other=0.0).to(tl.float32)
             x = tl.where(own, x, before)
         seen = seen + (x,)  # noqa: RUF005
@@ -115,24 +130,24 @@ def _forward_kernel(
     blocks, stretches = tl.cdiv(channels, BLOCK), tl.cdiv(T, length)
     program = tl.program_id(0)
     channel = program % blocks * BLOCK + tl.arange(0, BLOCK)
-    begin = (program // blocks % stretches * length).to(tl.int64)
+    begin = program // blocks % stretches * length
     row = (program // blocks // stretches).to(tl.int64)
     real = channel < channels
-    inputs = projected_ptr + row * row_stride
-    out = out_ptr + row * T * channels + channel
+    inputs = projected_ptr + row * row_stride + channel
     taps = load_taps(weight_ptr, channel, real, W)
     for group in range(length // GROUP):
         first = begin + group * GROUP
-        rows = load_rows(inputs, token_stride, first - (W - 1), T, channel, real, GROUP + W - 1)
-        gates = load_rows(inputs + channels, token_stride, first, T, channel, real, GROUP)
+        rows = load_rows(inputs, token_stride, first - (W - 1), T, real, GROUP + W - 1)
+        gates = load_rows(inputs + channels, token_stride, first, T, real, GROUP)
+        out = out_ptr + (row * T + first) * channels + channel
         for i in tl.static_range(GROUP):
             token = first + i
             position, sequence = place_of(token, row, T, position_ptr, sequence_ptr, PACKED)
-            past = past_ptr + sequence * (W - 1) * channels
-            seen = inputs_of(rows, i, position, past, channels, channel, real, W, HAS_PAST, PACKED)
+            past = past_ptr + sequence * (W - 1) * channels + channel
+            seen = inputs_of(rows, i, position, past, channels, real, W, HAS_PAST, PACKED)
             y = weighted(taps, seen, W)
             y = y * tl.sigmoid(y) * gates[i].to(tl.float32)
-            tl.store(out + token * channels, y, mask=real & (token < T))
+            tl.store(out + i * channels, y, mask=real & (token < T))
 
 
 @triton.jit
@@ -162,13 +177,13 @@ def _backward_kernel(
     blocks, stretches = tl.cdiv(channels, BLOCK), tl.cdiv(T, length)
     program = tl.program_id(0)
     channel = program % blocks * BLOCK + tl.arange(0, BLOCK)
-    begin = (program // blocks % stretches * length).to(tl.int64)
+    begin = program // blocks % stretches * length
     row = (program // blocks // stretches).to(tl.int64)
     real = channel < channels
     end = tl.minimum(begin + length, T)
     limit = tl.minimum(begin + length + W - 1, T)
-    inputs, d_out = projected_ptr + row * row_stride, d_out_ptr + row * d_row_stride
-    d_inputs = d_projected_ptr + row * T * 2 * channels + channel
+    inputs = projected_ptr + row * row_stride + channel
+    d_out = d_out_ptr + row * d_row_stride + channel
     taps = load_taps(weight_ptr, channel, real, W)
     # Gradients behind the SiLU of the tokens after the present one, and sums over tokens.
     later, totals = (), ()
@@ -179,31 +194,31 @@ def _backward_kernel(
     groups = length // GROUP + (W + GROUP - 2) // GROUP
     for group in range(groups):
         first = begin + (groups - 1 - group) * GROUP
-        rows = load_rows(
-            inputs, token_stride, first - (W - 1), limit, channel, real, GROUP + W - 1
-        )
-        gates = load_rows(inputs + channels, token_stride, first, limit, channel, real, GROUP)
-        d_outs = load_rows(d_out, d_token_stride, first, limit, channel, real, GROUP)
+        rows = load_rows(inputs, token_stride, first - (W - 1), limit, real, GROUP + W - 1)
+        gates = load_rows(inputs + channels, token_stride, first, limit, real, GROUP)
+        d_outs = load_rows(d_out, d_token_stride, first, limit, real, GROUP)
+        d_inputs = d_projected_ptr + (row * T + first) * 2 * channels + channel
         for i in tl.static_range(GROUP - 1, -1, -1):
             token = first + i
             position, sequence = place_of(token, row, limit, position_ptr, sequence_ptr, PACKED)
-            past = past_ptr + sequence * (W - 1) * channels
-            seen = inputs_of(rows, i, position, past, channels, channel, real, W, HAS_PAST, PACKED)
+            past = past_ptr + sequence * (W - 1) * channels + channel
+            seen = inputs_of(rows, i, position, past, channels, real, W, HAS_PAST, PACKED)
             y = weighted(taps, seen, W)
             s, d = tl.sigmoid(y), d_outs[i].to(tl.float32)
+            y *= s
             mine = token < end
-            place = d_inputs + token * 2 * channels
-            tl.store(place + channels, d * y * s, mask=real & mine)
-            d *= gates[i].to(tl.float32) * s * (1 + y * (1 - s))
+            place = d_inputs + i * 2 * channels
+            tl.store(place + channels, d * y, mask=real & mine)
+            d *= gates[i].to(tl.float32) * (s + y * (1 - s))
             later = (d,) + later  # noqa: RUF005
             d_x = taps[W - 1] * d
-            totals_after = ()
+            d = tl.where(mine, d, 0.0)
+            sums = ()
             for j in tl.static_range(W):
                 if j > 0:
                     d_x += taps[W - 1 - j] * later[j]
-                added = tl.where(mine, d * seen[j], 0.0)
-                totals_after = totals_after + (totals[j] + added,)  # noqa: RUF005
-            totals = totals_after
+                sums = sums + (totals[j] + d * seen[j],)  # noqa: RUF005
+            totals = sums
             tl.store(place, d_x, mask=real & mine)
             if HAS_PAST:
                 starts = real & mine & (position == 0)
@@ -222,3 +237,85 @@ def _backward_kernel(
     part = d_weight_ptr + ((row * stretches + begin // length) * channels + channel) * W
     for j in tl.static_range(W):
         tl.store(part + j, totals[j], mask=real)
+
+
+def forward(
+    projected: Float[Tensor, "B T CC"],
+    weight: Float[Tensor, "C W"],
+    past: Float[Tensor, "N W-1 C"] | None,
+    cu_seqlens: Int[Tensor, " E"] | None,
+) -> Float[Tensor, "B T C"]:
+    """See `operator.py`; any strides, read in place where channels are neighbours."""
+    B, T, C = projected.shape[0], projected.shape[1], weight.shape[0]
+    length = FORWARD.length(B, T, C)
+    out = projected.new_empty(B, T, C)
+    operands, constants = _operands(projected, weight, past, cu_seqlens)
+    _forward_kernel[(triton.cdiv(C, FORWARD.BLOCK) * triton.cdiv(T, length) * B,)](
+        *operands,
+        out,
+        *operands[0].stride()[:2],
+        T,
+        C,
+        length,
+        **constants,
+        **_launch(FORWARD),
+    )
+    return out
+
+
+def backward(
+    projected: Float[Tensor, "B T CC"],
+    weight: Float[Tensor, "C W"],
+    past: Float[Tensor, "N W-1 C"] | None,
+    cu_seqlens: Int[Tensor, " E"] | None,
+    d_out: Float[Tensor, "B T C"],
+) -> tuple[Float[Tensor, "B T CC"], Float[Tensor, "C W"], Float[Tensor, "N W-1 C"] | None]:
+    """Gradients of the first three, contiguous and in their dtypes."""
+    B, T, C = d_out.shape
+    length = BACKWARD.length(B, T, C)
+    stretches = triton.cdiv(T, length)
+    d_projected = projected.new_empty(projected.shape)
+    # Sequences without tokens have no program.
+    d_past = None if past is None else torch.zeros_like(past, memory_format=torch.contiguous_format)
+    parts = weight.new_empty((B * stretches, *weight.shape), dtype=torch.float32)
+    operands, constants = _operands(projected, weight, past, cu_seqlens)
+    d_out = _neighbours(d_out)
+    _backward_kernel[(triton.cdiv(C, BACKWARD.BLOCK) * stretches * B,)](
+        *operands,
+        d_out,
+        d_projected,
+        d_projected if d_past is None else d_past,
+        parts,
+        *operands[0].stride()[:2],
+        *d_out.stride()[:2],
+        T,
+        C,
+        length,
+        **constants,
+        **_launch(BACKWARD),
+    )
+    return d_projected, parts.sum(0).to(weight.dtype), d_past
+
+
+def _operands(
+    projected: Tensor, weight: Tensor, past: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[list[Tensor], dict[str, Any]]:
+    """What both kernels read, and which of it; the projection stands for what they do not."""
+    projected = _neighbours(projected)
+    has_past = past is not None and past.numel() > 0
+    where = [projected, projected]
+    if cu_seqlens is not None:
+        T = projected.shape[1]
+        where = [positions(cu_seqlens, T), sequence_ids(cu_seqlens, T)]
+    operands = [projected, weight.contiguous(), past.contiguous() if has_past else projected]
+    constants = {"W": weight.shape[1], "HAS_PAST": has_past, "PACKED": cu_seqlens is not None}
+    return [*operands, *where], constants
+
+
+def _launch(walk: Walk) -> dict[str, Any]:
+    return {"BLOCK": walk.BLOCK, "GROUP": walk.GROUP, "num_warps": walk.num_warps}
+
+
+def _neighbours(x: Float[Tensor, "B T C"]) -> Float[Tensor, "B T C"]:
+    """With channels beside each other; copied only if need be."""
+    return x if x.stride(2) == 1 else x.contiguous()

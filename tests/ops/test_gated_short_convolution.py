@@ -96,7 +96,7 @@ def test_lengths_after_a_state(length: int) -> None:
 
 def test_a_long_row_in_the_longest_stretches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("based.ops.gated_short_convolution.triton.PROGRAMS", 1)
-    compare(draw(1, 1000, 6), draw(3, 3))
+    compare(draw(1, 1000, 2), draw(1, 2))
 
 
 @pytest.mark.parametrize("width", [1, 2, 4, 8])
@@ -120,10 +120,10 @@ def test_packed_sequences(width: int, with_past: bool) -> None:
 
 
 def test_strided_projections_and_gradients_are_read_in_place() -> None:
-    whole, weight = torch.randn(2, 12, 24, device=DEVICE), draw(5, 3).detach()
-    for projected in (whole[..., 4:14], whole[:, ::3, 10:20], whole.transpose(0, 1)[..., :10]):
+    whole, weight = torch.randn(2, 5, 24, device=DEVICE), draw(5, 3).detach()
+    for projected in (whole[..., 4:14], whole[:, ::2, 10:20], whole.transpose(0, 1)[..., :10]):
         compare(projected.detach().requires_grad_(), weight.requires_grad_())
-    x = draw(2, 9, 10)
+    x = draw(1, 9, 10)
     y, _ = gated_short_convolution(x, weight.detach())
     (one,) = torch.autograd.grad(y.sum(), x)
     y, _ = gated_short_convolution(x, weight.detach())
@@ -132,7 +132,7 @@ def test_strided_projections_and_gradients_are_read_in_place() -> None:
 
 
 def test_channels_that_are_not_neighbours() -> None:
-    projected = torch.randn(2, 10, 30, device=DEVICE).transpose(1, 2)
+    projected = torch.randn(1, 10, 9, device=DEVICE).transpose(1, 2)
     weight = torch.randn(3, 5, device=DEVICE).T
     compare(projected.requires_grad_(), weight.requires_grad_())
 
@@ -153,7 +153,7 @@ def test_a_nan_reaches_what_sees_it_and_stays_in_its_sequence() -> None:
 
 
 def test_repeated_calls_are_equal_to_the_last_bit() -> None:
-    inputs = draw(2, 10, 1200, dtype=torch.bfloat16), draw(600, 3, dtype=torch.bfloat16)
+    inputs = draw(1, 10, 1200, dtype=torch.bfloat16), draw(600, 3, dtype=torch.bfloat16)
     results = []
     for _ in range(2):
         y, _ = gated_short_convolution(*inputs)
@@ -180,7 +180,7 @@ kernels.INTERPRETING = device == "cpu"
 torch.manual_seed(0)
 calls, forward = [], triton.forward
 triton.forward = lambda *inputs: calls.append(1) or forward(*inputs)
-x = torch.randn(2, 10, 8, device=device)
+x = torch.randn(1, 7, 8, device=device)
 for kernel_size, kernels_called in ((3, 4), (9, 0)):
     mixer = build_mixer("gated_convolution", 8, kernel_size=kernel_size).to(device)
     compiled = torch.compile(mixer, fullgraph=True, backend="aot_eager")

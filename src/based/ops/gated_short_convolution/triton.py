@@ -73,9 +73,10 @@ def place_of(token, row, limit, position_ptr, sequence_ptr, PACKED: tl.constexpr
 
 
 @triton.jit
-def inputs_of(
+def convolve(
+    taps,
     rows,
-    place: tl.constexpr,  # of the oldest of them among the rows
+    place: tl.constexpr,  # of the token's oldest input among the rows
     position,
     past,  # of the token's sequence
     channels,
@@ -84,28 +85,20 @@ def inputs_of(
     HAS_PAST: tl.constexpr,
     PACKED: tl.constexpr,
 ):
-    """The W inputs that one output sees, oldest first, [BLOCK] each, float32."""
-    seen = ()
+    """sum_j tap_j x_j, [BLOCK], and the W inputs x_j themselves, oldest first; float32."""
+    total, seen = 0.0, ()
     for j in tl.static_range(W):
         x = rows[place + j].to(tl.float32)
         if (HAS_PAST or PACKED) and j < W - 1:
             own = position >= W - 1 - j
-            before = tl.zeros_like(x)
+            before = 0.0
             if HAS_PAST:
                 slot = past + (position + j) * channels
                 before = tl.load(slot, mask=real & (own == 0), other=0.0).to(tl.float32)
             x = tl.where(own, x, before)
+        total += taps[j] * x
         seen = seen + (x,)  # noqa: RUF005
-    return seen
-
-
-@triton.jit
-def weighted(taps, seen, W: tl.constexpr):
-    """sum_j taps_j seen_j."""
-    total = taps[0] * seen[0]
-    for j in tl.static_range(1, W):
-        total += taps[j] * seen[j]
-    return total
+    return total, seen
 
 
 @triton.jit
@@ -144,8 +137,7 @@ def _forward_kernel(
             token = first + i
             position, sequence = place_of(token, row, T, position_ptr, sequence_ptr, PACKED)
             past = past_ptr + sequence * (W - 1) * channels + channel
-            seen = inputs_of(rows, i, position, past, channels, real, W, HAS_PAST, PACKED)
-            y = weighted(taps, seen, W)
+            y, _ = convolve(taps, rows, i, position, past, channels, real, W, HAS_PAST, PACKED)
             y = y * tl.sigmoid(y) * gates[i].to(tl.float32)
             tl.store(out + i * channels, y, mask=real & (token < T))
 
@@ -202,8 +194,7 @@ def _backward_kernel(
             token = first + i
             position, sequence = place_of(token, row, limit, position_ptr, sequence_ptr, PACKED)
             past = past_ptr + sequence * (W - 1) * channels + channel
-            seen = inputs_of(rows, i, position, past, channels, real, W, HAS_PAST, PACKED)
-            y = weighted(taps, seen, W)
+            y, seen = convolve(taps, rows, i, position, past, channels, real, W, HAS_PAST, PACKED)
             s, d = tl.sigmoid(y), d_outs[i].to(tl.float32)
             y *= s
             mine = token < end

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from based.ops import kernels
+from based.ops import fallback, kernels
 from based.ops.gated_short_convolution import gated_short_convolution, operator
 from based.ops.gated_short_convolution.operator import _forward
 from based.ops.gated_short_convolution.reference import gated_short_convolution_reference
@@ -210,7 +210,7 @@ def test_compiled_mixer_is_the_eager_one_without_graph_breaks() -> None:
 def test_what_no_kernel_takes_is_said_once_and_computed_in_pytorch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(kernels, "_SAID", set())
+    monkeypatch.setattr(fallback, "_SAID", set())
     with pytest.warns(UserWarning, match="kernel_size 9 is over 8"):
         compare(draw(1, 12, 6), draw(3, 9))
     compare(draw(1, 12, 6), draw(3, 9))

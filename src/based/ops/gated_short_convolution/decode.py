@@ -2,6 +2,7 @@
 
 from typing import no_type_check
 
+import torch
 import triton
 import triton.language as tl
 from jaxtyping import Float
@@ -14,11 +15,13 @@ LAUNCH = {"BLOCK_C": BLOCK, "num_warps": 4}
 @triton.jit
 @no_type_check
 def _convolution_step_kernel(
-    projected_ptr,
+    x_ptr,
+    gate_ptr,
     weight_ptr,
     past_ptr,
     out_ptr,
-    row_stride,
+    x_stride,
+    gate_stride,
     channels,
     WIDTH: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -27,9 +30,8 @@ def _convolution_step_kernel(
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     real = channel < channels
     past = past_ptr + row * (WIDTH - 1) * channels + channel
-    projected = projected_ptr + row * row_stride + channel
-    x = tl.load(projected, mask=real, other=0.0)
-    gate = tl.load(projected + channels, mask=real, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + row * x_stride + channel, mask=real, other=0.0)
+    gate = tl.load(gate_ptr + row * gate_stride + channel, mask=real, other=0.0).to(tl.float32)
     weight = weight_ptr + channel * WIDTH
     tap = tl.load(weight + WIDTH - 1, mask=real, other=0.0).to(tl.float32)
     y = x.to(tl.float32) * tap
@@ -47,22 +49,25 @@ def _convolution_step_kernel(
 
 
 def convolution_step_kernel(
-    projected: Float[Tensor, "B CC"],
+    x: Float[Tensor, "B C"],
+    gate: Float[Tensor, "B C"],
     weight: Float[Tensor, "C W"],
     past: Float[Tensor, "B W-1 C"],
 ) -> Float[Tensor, "B C"]:
     """y = silu(conv(x)) * gate; `past` moves on by one token, in place.
 
-    The projection's channels are neighbours; weight and past are contiguous.
+    x and gate may be slices of a projection; weight and past are contiguous.
     """
-    rows, channels = projected.shape[0], weight.shape[0]
-    out = projected.new_empty(rows, channels)
+    rows, channels = x.shape
+    out = torch.empty((rows, channels), dtype=x.dtype, device=x.device)
     _convolution_step_kernel[(rows, triton.cdiv(channels, BLOCK))](
-        projected,
+        x,
+        gate,
         weight,
         past,
         out,
-        projected.stride(0),
+        x.stride(0),
+        gate.stride(0),
         channels,
         WIDTH=weight.shape[1],
         **LAUNCH,

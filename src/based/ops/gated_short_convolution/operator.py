@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from based.ops import kernels
+from based.ops.fallback import warn_once
 from based.ops.gated_short_convolution import shifted
 from based.ops.lanes import in_lanes
 
@@ -43,7 +44,7 @@ def _takes_kernel(projected: Tensor, weight: Tensor) -> bool:
         return False
     reason = _unsupported(weight.shape[1], projected.dtype)
     if reason is not None:
-        kernels.warn_once(f"The gated short convolution takes the slower PyTorch path: {reason}")
+        warn_once(f"The gated short convolution takes the slower PyTorch path: {reason}")
     return reason is None
 
 

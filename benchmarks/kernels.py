@@ -1,45 +1,41 @@
-"""Kernels on one GPU: Taylor linear attention, the window and the convolution, with their peers.
+"""Kernels on one GPU, with their peers: attention of all kinds and what stands around it.
 
-`python -m benchmarks.kernels`. Times are medians of CUDA events, in bfloat16, normaliser
-and final state included for ours. Softmax attention (FlashAttention-2 and cuDNN, through
-torch) has the same batch, heads, tokens and head_dim; flash-linear-attention's Based
-kernels run if `fla` is installed. The floor is the larger of two times: q, k, v and out
-(and their gradients) moved once at this GPU's copy rate, and the flops of an ideal
-chunked pass at its matrix-product rate.
+    python -m benchmarks.kernels
+    python -m benchmarks.kernels gated_short_convolution rotary
+
+Times are medians of CUDA events, in bfloat16, normaliser and final state included for
+ours. Each is a row of results/kernels.jsonl as soon as it is made; a row that this device
+has at this commit is not measured again. Softmax attention (FlashAttention-2 and cuDNN,
+through torch) has the same batch, heads, tokens and head_dim; flash-linear-attention's
+Based kernels run if `fla` is installed. The floor is the larger of two times: all inputs,
+outputs and gradients moved once at this GPU's copy rate, and the flops of an ideal pass
+(for Taylor linear attention a chunked one) at its matrix-product rate.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import Annotated, Any
 
 import torch
+import tyro
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from based.ops.gated_short_convolution import gated_short_convolution
 from based.ops.sliding_window_attention import sliding_window_attention
 from based.ops.taylor_linear_attention import num_features, taylor_linear_attention
-from benchmarks.rows import RESULTS, write_rows
+from benchmarks import pointwise
+from benchmarks.rows import RESULTS, add_row, device_name, has_row, read_rows
+from benchmarks.timing import Case, Cells, Function, Rates, draw, rates, rows_of
 
 FEATURE_DIM, CHUNK, WINDOW = 16, 128, 129
 # Quadratic forms are not timed where a pass would take seconds.
 QUADRATIC_LIMIT = 1 << 16
-
-
-class Case(NamedTuple):
-    """Sizes of one layer's call."""
-
-    batch: int
-    heads: int
-    tokens: int
-    head_dim: int
-
-
 TAYLOR = (
     Case(16, 16, 4096, 64),
     Case(1, 16, 65536, 64),
@@ -49,25 +45,6 @@ TAYLOR = (
     Case(1, 16, 1 << 20, 64),
 )
 WINDOWS = (Case(16, 16, 4096, 64), Case(16, 16, 4096, 112))
-CHANNELS = 2 * 1792
-
-Function = Callable[..., Tensor]
-
-
-def milliseconds(function: Callable[[], object]) -> float:
-    from triton.testing import do_bench
-
-    result: Any = do_bench(function, warmup=5, rep=40, return_mode="median")
-    return result
-
-
-def rates() -> tuple[float, float]:
-    """Bytes a second of a device-to-device copy, and bfloat16 flops a second of a product."""
-    x = torch.randn(1 << 28, device="cuda", dtype=torch.bfloat16)
-    y = torch.empty_like(x)
-    copied = 2 * x.nbytes / milliseconds(lambda: y.copy_(x)) * 1e3
-    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    return copied, 2 * 8192**3 / milliseconds(lambda: a @ a) * 1e3
 
 
 def attention(backend: SDPBackend) -> Function:
@@ -102,7 +79,7 @@ def window_peers(case: Case) -> dict[str, Function]:
         return (j <= i) & (i - j < WINDOW)
 
     mask = create_block_mask(visible, None, None, case.tokens, case.tokens, device="cuda")
-    compiled: Any = torch.compile(flex_attention)
+    compiled: Any = torch.compile(flex_attention, dynamic=False)
 
     def flex(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return compiled(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=mask)
@@ -110,97 +87,69 @@ def window_peers(case: Case) -> dict[str, Function]:
     return {"based": lambda q, k, v: sliding_window_attention(q, k, v, WINDOW), "flex": flex}
 
 
-def timed(function: Function, inputs: list[Tensor], both: bool) -> float | None:
-    """Forward, or forward and backward; None where it cannot run."""
-    try:
-        weight = torch.randn_like(function(*inputs))
-        if not both:
-            with torch.no_grad():
-                return milliseconds(lambda: function(*inputs))
-        return milliseconds(lambda: torch.autograd.grad(function(*inputs), inputs, weight))
-    except (RuntimeError, torch.OutOfMemoryError) as error:
-        Console().print(f"skipped: {str(error).splitlines()[0][:100]}")
-        return None
-
-
-def taylor_floor(case: Case, both: bool, copy: float, product: float) -> float:
-    """Milliseconds."""
+def taylor_floor(case: Case, rates: Rates) -> tuple[float, float]:
+    """Milliseconds forward, and forward and backward."""
     rows, D = case.batch * case.heads * case.tokens, case.head_dim
     size = 2 * rows * (2 * FEATURE_DIM + 2 * D)
     features = num_features(FEATURE_DIM)
     flops = rows * (4 * features * (D + 1) + CHUNK * (FEATURE_DIM + D + 1))
-    return 1e3 * max(size * (3 if both else 1) / copy, flops * (3 if both else 1) / product)
+    return rates.floor(size, flops), rates.floor(3 * size, 3 * flops)
 
 
-def rows_of(
-    op: str, case: Case, peers: dict[str, Function], inputs: list[Tensor], floor: Callable
-) -> Iterator[dict[str, Any]]:
-    for both in (False, True):
-        for name, function in peers.items():
-            if "parallel" in name and case.tokens > QUADRATIC_LIMIT // 4:
-                continue
-            time = timed(function, inputs, both)
-            if time is not None:
-                yield {
-                    "op": op,
-                    **case._asdict(),
-                    "direction": "forward+backward" if both else "forward",
-                    "implementation": name,
-                    "ms": time,
-                    "floor_ms": floor(both),
-                }
-
-
-def draw(*shape: int) -> Tensor:
-    return torch.randn(*shape, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-
-
-def taylor_rows(copy: float, product: float) -> Iterator[dict[str, Any]]:
+def taylor(rates: Rates) -> Cells:
     softmax = {
         "FlashAttention-2": attention(SDPBackend.FLASH_ATTENTION),
         "cuDNN attention": attention(SDPBackend.CUDNN_ATTENTION),
     }
     for case in TAYLOR:
         B, H, T, D = case
-        floor = lambda both, case=case: taylor_floor(case, both, copy, product)  # noqa: E731
+        peers, floors = taylor_peers(), taylor_floor(case, rates)
+        if T > QUADRATIC_LIMIT // 4:
+            peers.pop("fla parallel", None)
         inputs = [draw(B, T, H, size) for size in (FEATURE_DIM, FEATURE_DIM, D)]
-        yield from rows_of("taylor_linear_attention", case, taylor_peers(), inputs, floor)
+        yield from rows_of("taylor_linear_attention", case, peers, inputs, floors)
         if T <= QUADRATIC_LIMIT:
             q, k, v = (draw(B, T, H, D) for _ in range(3))
-            yield from rows_of("taylor_linear_attention", case, softmax, [q, k, v], floor)
+            yield from rows_of("taylor_linear_attention", case, softmax, [q, k, v], floors)
 
 
-def window_rows(copy: float) -> Iterator[dict[str, Any]]:
+def windows(rates: Rates) -> Cells:
     for case in WINDOWS:
         B, H, T, D = case
         inputs = [draw(B, T, H, D) for _ in range(3)]
         size = 4 * inputs[0].nbytes
-        floor = lambda both, size=size: 1e3 * size * (2.5 if both else 1) / copy  # noqa: E731
-        yield from rows_of("sliding_window_attention", case, window_peers(case), inputs, floor)
+        floors = rates.floor(size), rates.floor(2.5 * size)
+        yield from rows_of("sliding_window_attention", case, window_peers(case), inputs, floors)
 
 
-def convolution_rows(copy: float) -> Iterator[dict[str, Any]]:
-    def eager(x: Tensor, gate: Tensor, weight: Tensor) -> Tensor:
-        return gated_short_convolution(x, gate, weight)[0]
+OPS: dict[str, Callable[[Rates], Cells]] = {
+    "taylor_linear_attention": taylor,
+    "sliding_window_attention": windows,
+    **pointwise.OPS,
+}
 
-    case = Case(16, 1, 2048, CHANNELS)
-    inputs = [draw(16, 2048, CHANNELS), draw(16, 2048, CHANNELS), draw(CHANNELS, 3)]
-    peers: dict[str, Function] = {"based": eager, "torch.compile": torch.compile(eager)}
-    size = inputs[0].nbytes
-    floor = lambda both: 1e3 * size * (8 if both else 3) / copy  # noqa: E731
-    yield from rows_of("gated_short_convolution", case, peers, inputs, floor)
+
+@dataclass(frozen=True)
+class Options:
+    """Which kernels are timed."""
+
+    ops: Annotated[tuple[str, ...], tyro.conf.Positional] = tuple(OPS)
 
 
 def main() -> None:
-    copy, product = rates()
-    Console().print(f"copy {copy / 1e12:.2f} TB/s, product {product / 1e12:.0f} TFLOP/s")
-    rows: list[dict[str, Any]] = []
-    for source in (taylor_rows(copy, product), window_rows(copy), convolution_rows(copy)):
-        for row in source:
-            rows.append({**row, "copy_tb_s": copy / 1e12, "product_tflop_s": product / 1e12})
-            write_rows("kernels", rows)
-    show(rows)
-    plot(rows)
+    options, limits = tyro.cli(Options), rates()
+    Console().print(f"copy {limits.copy / 1e12:.2f} TB/s, {limits.product / 1e12:.0f} TFLOP/s")
+    found = {"copy_tb_s": limits.copy / 1e12, "product_tflop_s": limits.product / 1e12}
+    for op in options.ops:
+        for key, measure in OPS[op](limits):
+            values = None if has_row("kernels", key) else measure()
+            if values is not None:
+                add_row("kernels", key, {**values, **found})
+            torch.cuda.empty_cache()
+    rows = [row for row in read_rows("kernels") if row["device"] == device_name()]
+    show([row for row in rows if row["op"] in options.ops])
+    if "taylor_linear_attention" in options.ops:
+        plot(rows)
 
 
 def show(rows: list[dict[str, Any]]) -> None:

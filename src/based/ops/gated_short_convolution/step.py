@@ -16,7 +16,8 @@ def gated_short_convolution_step(
     if use_kernels(projected):
         from based.ops.gated_short_convolution.decode import convolution_step_kernel
 
-        return convolution_step_kernel(*projected.chunk(2, dim=-1), weight, past)
+        x, gate = projected.chunk(2, dim=-1)
+        return convolution_step_kernel(x, gate, weight, past)
     y, after = gated_short_convolution(projected[:, None], weight, past)
     assert after is not None
     past.copy_(after)

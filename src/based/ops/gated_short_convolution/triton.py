@@ -102,7 +102,7 @@ def convolve(
 
 
 @triton.jit
-def _forward_kernel(
+def convolution_forward(
     projected_ptr,
     weight_ptr,
     past_ptr,
@@ -120,6 +120,7 @@ def _forward_kernel(
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
 ):
+    """A stretch of outputs. Grid: channel blocks, stretches and rows, in that order of speed."""
     blocks, stretches = tl.cdiv(channels, BLOCK), tl.cdiv(T, length)
     program = tl.program_id(0)
     channel = program % blocks * BLOCK + tl.arange(0, BLOCK)
@@ -143,7 +144,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def convolution_backward(
     projected_ptr,
     weight_ptr,
     past_ptr,
@@ -166,6 +167,7 @@ def _backward_kernel(
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
 ):
+    """Gradients of a stretch of inputs and gates, and its part of the weight's. Grid as above."""
     blocks, stretches = tl.cdiv(channels, BLOCK), tl.cdiv(T, length)
     program = tl.program_id(0)
     channel = program % blocks * BLOCK + tl.arange(0, BLOCK)
@@ -241,7 +243,7 @@ def forward(
     length = FORWARD.length(B, T, C)
     out = projected.new_empty(B, T, C)
     operands, constants = _operands(projected, weight, past, cu_seqlens)
-    _forward_kernel[(triton.cdiv(C, FORWARD.BLOCK) * triton.cdiv(T, length) * B,)](
+    convolution_forward[(triton.cdiv(C, FORWARD.BLOCK) * triton.cdiv(T, length) * B,)](
         *operands,
         out,
         *operands[0].stride()[:2],
@@ -271,7 +273,7 @@ def backward(
     parts = weight.new_empty((B * stretches, *weight.shape), dtype=torch.float32)
     operands, constants = _operands(projected, weight, past, cu_seqlens)
     d_out = _neighbours(d_out)
-    _backward_kernel[(triton.cdiv(C, BACKWARD.BLOCK) * stretches * B,)](
+    convolution_backward[(triton.cdiv(C, BACKWARD.BLOCK) * stretches * B,)](
         *operands,
         d_out,
         d_projected,

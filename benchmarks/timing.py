@@ -1,0 +1,103 @@
+"""Times of functions on one GPU, forward and with gradients, beside what the hardware allows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+Function = Callable[..., Any]
+# Keys of rows, and how each is measured; None where it cannot be.
+Cells = Iterator[tuple[dict[str, Any], Callable[[], dict[str, Any] | None]]]
+DEVICE = "cuda"
+
+
+class Case(NamedTuple):
+    """Sizes of one layer's call; without heads, head_dim is the channels."""
+
+    batch: int
+    heads: int
+    tokens: int
+    head_dim: int
+
+
+class Rates(NamedTuple):
+    """Bytes a second of a device-to-device copy, and bfloat16 flops a second of a product."""
+
+    copy: float
+    product: float
+
+    def floor(self, moved: float, flops: float = 0.0) -> float:
+        """Milliseconds that no implementation can beat, from bytes and flops."""
+        return 1e3 * max(moved / self.copy, flops / self.product)
+
+
+def milliseconds(function: Callable[[], object]) -> float:
+    """Median of CUDA events; the cache is cold before every call."""
+    from triton.testing import do_bench
+
+    result: Any = do_bench(function, warmup=5, rep=40, return_mode="median")
+    return result
+
+
+def rates() -> Rates:
+    """Of this GPU."""
+    x = torch.randn(1 << 28, device=DEVICE, dtype=torch.bfloat16)
+    y = torch.empty_like(x)
+    copied = 2 * x.nbytes / milliseconds(lambda: y.copy_(x)) * 1e3
+    a = torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16)
+    return Rates(copied, 2 * 8192**3 / milliseconds(lambda: a @ a) * 1e3)
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(*shape, device=DEVICE, dtype=dtype, requires_grad=True)
+
+
+def compiled(function: Function) -> Function:
+    """As torch compiles it for this one shape: otherwise a second one would make sizes dynamic."""
+    return torch.compile(function, dynamic=False)
+
+
+def timed(function: Function, inputs: list[Tensor], both: bool) -> float | None:
+    """Forward, or forward and backward to all inputs; None where it cannot run."""
+    try:
+        with torch.set_grad_enabled(both):
+            if not both:
+                return milliseconds(lambda: function(*inputs))
+            weights = [torch.randn_like(out) for out in _outputs(function(*inputs))]
+            return milliseconds(
+                lambda: torch.autograd.grad(_outputs(function(*inputs)), inputs, weights)
+            )
+    except (RuntimeError, torch.OutOfMemoryError) as error:
+        Console().print(f"skipped: {str(error).splitlines()[0][:100]}")
+        return None
+
+
+def _outputs(result: Any) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def rows_of(
+    op: str,
+    case: Case,
+    peers: dict[str, Function],
+    inputs: list[Tensor],
+    floors: tuple[float, float],
+    forward_only: Collection[str] = (),
+) -> Cells:
+    """A cell for every implementation, forward and (but for some) with gradients."""
+    for both in (False, True):
+        for name, function in peers.items():
+            if both and name in forward_only:
+                continue
+            direction = "forward+backward" if both else "forward"
+            key = {"op": op, **case._asdict(), "direction": direction, "implementation": name}
+
+            def measure(function=function, both=both) -> dict[str, Any] | None:
+                time = timed(function, inputs, both)
+                return None if time is None else {"ms": time, "floor_ms": floors[both]}
+
+            yield key, measure

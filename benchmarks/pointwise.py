@@ -116,7 +116,8 @@ def rotary(rates: Rates) -> Cells:
         def turn_liger(q: Tensor, k: Tensor, cos=cos, sin=sin) -> tuple[Tensor, Tensor]:
             assert liger is not None
             # Of heads before tokens, and in place.
-            return liger(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
+            q, k = liger(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
+            return q.transpose(1, 2), k.transpose(1, 2)
 
         peers: dict[str, Function] = {"eager": turn, "torch.compile": compiled(turn)}
         peers |= {"liger": turn_liger} if liger else {}

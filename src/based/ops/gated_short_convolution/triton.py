@@ -63,13 +63,10 @@ def load_taps(weight_ptr, channel, real, W: tl.constexpr):
 
 
 @triton.jit
-def place_of(token, row, limit, position_ptr, sequence_ptr, PACKED: tl.constexpr):
-    """A token's position in its own sequence, and which sequence that is."""
-    position, sequence = token, row
-    if PACKED:
-        position = tl.load(position_ptr + token, mask=token < limit, other=0).to(tl.int32)
-        sequence = tl.load(sequence_ptr + token, mask=token < limit, other=0)
-    return position, sequence
+def place_of(token, limit, position_ptr, sequence_ptr):
+    """A packed token's position in its own sequence, and which sequence that is."""
+    position = tl.load(position_ptr + token, mask=token < limit, other=0).to(tl.int32)
+    return position, tl.load(sequence_ptr + token, mask=token < limit, other=0)
 
 
 @triton.jit
@@ -136,7 +133,9 @@ def convolution_forward(
         out = out_ptr + (row * T + first) * channels + channel
         for i in tl.static_range(GROUP):
             token = first + i
-            position, sequence = place_of(token, row, T, position_ptr, sequence_ptr, PACKED)
+            position, sequence = token, row
+            if PACKED:
+                position, sequence = place_of(token, T, position_ptr, sequence_ptr)
             past = past_ptr + sequence * (W - 1) * channels + channel
             y, _ = convolve(taps, rows, i, position, past, channels, real, W, HAS_PAST, PACKED)
             y = y * tl.sigmoid(y) * gates[i].to(tl.float32)
@@ -194,7 +193,9 @@ def convolution_backward(
         d_inputs = d_projected_ptr + (row * T + first) * 2 * channels + channel
         for i in tl.static_range(GROUP - 1, -1, -1):
             token = first + i
-            position, sequence = place_of(token, row, limit, position_ptr, sequence_ptr, PACKED)
+            position, sequence = token, row
+            if PACKED:
+                position, sequence = place_of(token, limit, position_ptr, sequence_ptr)
             past = past_ptr + sequence * (W - 1) * channels + channel
             y, seen = convolve(taps, rows, i, position, past, channels, real, W, HAS_PAST, PACKED)
             s, d = tl.sigmoid(y), d_outs[i].to(tl.float32)

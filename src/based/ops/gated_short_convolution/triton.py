@@ -48,7 +48,7 @@ def load_rows(base, stride, first, limit, real, COUNT: tl.constexpr):
     rows, base = (), base + first.to(tl.int64) * stride
     for i in tl.static_range(COUNT):
         inside = real & (first + i >= 0) & (first + i < limit)
-        rows = rows + (tl.load(base + i * stride, mask=inside, other=0.0),)  # noqa: RUF005
+        rows += (tl.load(base + i * stride, mask=inside, other=0.0),)
     return rows
 
 
@@ -58,7 +58,7 @@ def load_taps(weight_ptr, channel, real, W: tl.constexpr):
     taps = ()
     for j in tl.static_range(W):
         tap = tl.load(weight_ptr + channel * W + j, mask=real, other=0.0)
-        taps = taps + (tap.to(tl.float32),)  # noqa: RUF005
+        taps += (tap.to(tl.float32),)
     return taps
 
 
@@ -94,7 +94,7 @@ def convolve(
                 before = tl.load(slot, mask=real & (own == 0), other=0.0).to(tl.float32)
             x = tl.where(own, x, before)
         total += taps[j] * x
-        seen = seen + (x,)  # noqa: RUF005
+        seen += (x,)
     return total, seen
 
 
@@ -181,9 +181,9 @@ def convolution_backward(
     # Gradients behind the SiLU of the tokens after the present one, and sums over tokens.
     later, totals = (), ()
     for j in tl.static_range(W):
-        totals = totals + (tl.zeros([BLOCK], tl.float32),)  # noqa: RUF005
+        totals += (tl.zeros([BLOCK], tl.float32),)
         if j < W - 1:
-            later = later + (tl.zeros([BLOCK], tl.float32),)  # noqa: RUF005
+            later += (tl.zeros([BLOCK], tl.float32),)
     groups = length // GROUP + (W + GROUP - 2) // GROUP
     for group in range(groups):
         first = begin + (groups - 1 - group) * GROUP
@@ -204,29 +204,30 @@ def convolution_backward(
             place = d_inputs + i * 2 * channels
             tl.store(place + channels, d * y, mask=real & mine)
             d *= gates[i].to(tl.float32) * (s + y * (1 - s))
-            later = (d,) + later  # noqa: RUF005
+            reached = (d,)
+            reached += later
             d_x = taps[W - 1] * d
             d = tl.where(mine, d, 0.0)
             sums = ()
             for j in tl.static_range(W):
                 if j > 0:
-                    d_x += taps[W - 1 - j] * later[j]
-                sums = sums + (totals[j] + d * seen[j],)  # noqa: RUF005
+                    d_x += taps[W - 1 - j] * reached[j]
+                sums += (totals[j] + d * seen[j],)
             totals = sums
             tl.store(place, d_x, mask=real & mine)
             if HAS_PAST:
                 starts = real & mine & (position == 0)
                 for slot in tl.static_range(W - 1):
-                    d_before = taps[slot] * later[0]
+                    d_before = taps[slot] * reached[0]
                     for after in tl.static_range(1, slot + 1):
-                        d_before += taps[slot - after] * later[after]
+                        d_before += taps[slot - after] * reached[after]
                     d_past = d_past_ptr + (sequence * (W - 1) + slot) * channels + channel
                     tl.store(d_past, d_before, mask=starts)
             kept = ()
             for j in tl.static_range(W - 1):
                 # What follows a sequence's first token reaches nothing before it.
-                d = tl.where(position == 0, 0.0, later[j]) if PACKED else later[j]
-                kept = kept + (d,)  # noqa: RUF005
+                d = tl.where(position == 0, 0.0, reached[j]) if PACKED else reached[j]
+                kept += (d,)
             later = kept
     part = d_weight_ptr + ((row * stretches + begin // length) * channels + channel) * W
     for j in tl.static_range(W):

@@ -119,7 +119,8 @@ def windows(rates: Rates) -> Cells:
         inputs = [draw(B, T, H, D) for _ in range(3)]
         size = 4 * inputs[0].nbytes
         floors = rates.floor(size), rates.floor(2.5 * size)
-        yield from rows_of("sliding_window_attention", case, window_peers(case), inputs, floors)
+        peers, dials = window_peers(case), {"window": WINDOW}
+        yield from rows_of("sliding_window_attention", case, peers, inputs, floors, **dials)
 
 
 OPS: dict[str, Callable[[Rates], Cells]] = {
@@ -156,8 +157,9 @@ def show(rows: list[dict[str, Any]]) -> None:
     table = Table("op", "batch, heads, tokens, dim", "direction", "implementation", "ms", "floor")
     for row in rows:
         sizes = ", ".join(str(row[name]) for name in Case._fields)
+        op = " ".join(str(row[name]) for name in ("op", "window") if name in row)
         numbers = (f"{row['ms']:.3f}", f"{row['floor_ms']:.3f}")
-        table.add_row(row["op"], sizes, row["direction"], row["implementation"], *numbers)
+        table.add_row(op, sizes, row["direction"], row["implementation"], *numbers)
     Console(width=140).print(table)
 
 

@@ -87,14 +87,19 @@ def rows_of(
     inputs: list[Tensor],
     floors: tuple[float, float],
     forward_only: Collection[str] = (),
+    **dials: int,
 ) -> Cells:
-    """A cell for every implementation, forward and (but for some) with gradients."""
+    """A cell for every implementation, forward and (but for some) with gradients.
+
+    Dials are what else the op has beside its sizes; they are in the rows' keys.
+    """
     for both in (False, True):
         for name, function in peers.items():
             if both and name in forward_only:
                 continue
             direction = "forward+backward" if both else "forward"
-            key = {"op": op, **case._asdict(), "direction": direction, "implementation": name}
+            sizes = {**case._asdict(), **dials}
+            key = {"op": op, **sizes, "direction": direction, "implementation": name}
 
             def measure(function=function, both=both) -> dict[str, Any] | None:
                 time = timed(function, inputs, both)

@@ -119,8 +119,8 @@ def windows(rates: Rates) -> Cells:
         inputs = [draw(B, T, H, D) for _ in range(3)]
         size = 4 * inputs[0].nbytes
         floors = rates.floor(size), rates.floor(2.5 * size)
-        peers, dials = window_peers(case), {"window": WINDOW}
-        yield from rows_of("sliding_window_attention", case, peers, inputs, floors, **dials)
+        op, peers = "sliding_window_attention", window_peers(case)
+        yield from rows_of(op, case, peers, inputs, floors, window=WINDOW)
 
 
 OPS: dict[str, Callable[[Rates], Cells]] = {

@@ -7,6 +7,9 @@ with the position, so that a block's first and last rows bound the whole block.
 import triton
 import triton.language as tl
 
+# Compiled once for all values of these.
+LENGTHS = ("T", "S", "window")
+
 
 @triton.jit
 def load_rows(x_ptr, index, real, channel, stride, D: tl.constexpr):

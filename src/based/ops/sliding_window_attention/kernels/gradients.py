@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from based.ops.sliding_window_attention.kernels.bounds import (
+    LENGTHS,
     end_of_queries,
     first_key,
     load_rows,
@@ -52,7 +53,7 @@ def through_keys(
     return d_q
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def query_gradients(
     q_ptr,
     k_ptr,
@@ -163,7 +164,7 @@ def through_queries(
     return d_k, d_v
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def key_gradients(
     q_ptr,
     k_ptr,

@@ -3,7 +3,12 @@
 import triton
 import triton.language as tl
 
-from based.ops.sliding_window_attention.kernels.bounds import first_key, load_rows, store_rows
+from based.ops.sliding_window_attention.kernels.bounds import (
+    LENGTHS,
+    first_key,
+    load_rows,
+    store_rows,
+)
 from based.ops.tensor_core import dot, dot_add
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -47,7 +52,7 @@ def add_keys(
     return peak, total, acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def attend(
     q_ptr,
     k_ptr,

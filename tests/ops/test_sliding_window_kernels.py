@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from based.ops import kernels
+from based.ops import fallback, kernels
 from based.ops.sliding_window_attention import operator, sliding_window_attention
 from based.ops.sliding_window_attention.kernels import launch
 from based.ops.sliding_window_attention.operator import _forward, _unsupported
@@ -169,7 +169,7 @@ def test_opcheck(packed) -> None:
 COMPILED = """
 import torch
 from based.mixers import build_mixer
-from based.ops import kernels
+from based.ops import fallback, kernels
 kernels.INTERPRETING = True
 torch.manual_seed(0)
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -202,22 +202,24 @@ def test_compiled_mixer_is_the_eager_one_without_graph_breaks() -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def test_what_no_kernel_takes_is_said_once() -> None:
-    _unsupported.cache_clear()
-    with pytest.warns(UserWarning, match="head_dim 300 is over 256"):
-        assert _unsupported(300, torch.bfloat16) is not None
-    assert _unsupported(300, torch.bfloat16) is not None
-    with pytest.warns(UserWarning, match="head_dim 160 is over 128 in torch.float32"):
-        _unsupported(160, torch.float32)
-    assert _unsupported(112, torch.bfloat16) is None
-    _unsupported.cache_clear()
-
-
-def test_the_blocks_take_dropout_and_float64(monkeypatch) -> None:
+def test_what_no_kernel_takes_falls_back_and_says_so_once(monkeypatch) -> None:
     monkeypatch.setattr(operator, "_forward", None)
-    q, k, v = inputs(1, 10, 1, 16)
-    sliding_window_attention(q, k, v, 4)
-    sliding_window_attention(q.float(), k.float(), v.float(), 4, None, None, 0.5)
+    monkeypatch.setattr(fallback, "_SAID", set())
+    wide = [x.float() for x in inputs(1, 10, 1, 160)]
+    with pytest.warns(UserWarning, match="head_dim 160 is over 128 in torch.float32"):
+        sliding_window_attention(*wide, 4)
+    sliding_window_attention(*wide, 4)
+    with pytest.warns(UserWarning, match="dtype torch.float64 is not one of"):
+        sliding_window_attention(*inputs(1, 10, 1, 16), 4)
+    assert _unsupported(256, torch.bfloat16) is None
+
+
+def test_what_the_blocks_take_quietly(monkeypatch) -> None:
+    monkeypatch.setattr(operator, "_forward", None)
+    q, k, v = (x.float() for x in inputs(1, 10, 1, 16))
+    sliding_window_attention(q, k, v, 4, None, None, 0.5)
+    monkeypatch.setattr(kernels, "INTERPRETING", False)
+    sliding_window_attention(q.cpu(), k.cpu(), v.cpu(), 4)
 
 
 @pytest.mark.gpu
@@ -225,7 +227,6 @@ def test_the_blocks_take_dropout_and_float64(monkeypatch) -> None:
 @pytest.mark.parametrize("dtype", list(LIMITS))
 @pytest.mark.parametrize("head_dim", [16, 64, 80, 112, 128, 192, 256])
 @pytest.mark.parametrize("window", [1, 16, 65, 129, 513, 1025, 4096])
-@pytest.mark.filterwarnings("ignore:sliding-window attention takes the slower")
 def test_every_configuration_on_the_gpu(dtype, head_dim, window) -> None:
     if _unsupported(head_dim, dtype) is None:
         compare(inputs(2, 1500, 2, head_dim), window, dtype)

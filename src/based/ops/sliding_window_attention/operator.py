@@ -4,18 +4,17 @@ The operators are the Triton kernels: opaque to `torch.compile`, with fake and
 autograd formulas. Where they do not run, the PyTorch blocks do.
 """
 
-import warnings
-from functools import cache
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from based.ops.kernels import use_kernels
+from based.ops import kernels
+from based.ops.fallback import warn_once
 from based.ops.lanes import lanes_as_rows
 from based.ops.sliding_window_attention import blocked
 
 LARGEST_HEAD_DIM = 256
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @lanes_as_rows
@@ -41,20 +40,22 @@ def sliding_window_attention(
 
 
 def _takes_kernels(q: Tensor) -> bool:
-    if q.numel() == 0 or not use_kernels(q):
+    if not (q.is_cuda or kernels.INTERPRETING) or q.numel() == 0:
         return False
-    return _unsupported(q.shape[3], q.dtype) is None
+    reason = _unsupported(q.shape[3], q.dtype)
+    if reason is not None:
+        warn_once(f"Sliding-window attention takes the slower PyTorch path: {reason}")
+    return reason is None
 
 
-@cache
 def _unsupported(head_dim: int, dtype: torch.dtype) -> str | None:
-    """Why no kernel takes such a call; said once. None if one does."""
-    limit = LARGEST_HEAD_DIM if dtype != torch.float32 else LARGEST_HEAD_DIM // 2
-    if head_dim <= limit:
-        return None
-    reason = f"head_dim {head_dim} is over {limit} in {dtype}"
-    warnings.warn(f"sliding-window attention takes the slower PyTorch path: {reason}", stacklevel=4)
-    return reason
+    """Why no kernel takes such a call; None if one does."""
+    largest = LARGEST_HEAD_DIM // 2 if dtype == torch.float32 else LARGEST_HEAD_DIM
+    if dtype not in DTYPES:
+        return f"dtype {dtype} is not one of {', '.join(map(str, DTYPES))}"
+    if head_dim > largest:
+        return f"head_dim {head_dim} is over {largest} in {dtype}"
+    return None if kernels.INSTALLED else "triton is not installed"
 
 
 @torch.library.custom_op("based::sliding_window_attention", mutates_args=())

@@ -12,18 +12,29 @@ LENGTHS = ("T", "S", "window")
 
 
 @triton.jit
-def load_rows(x_ptr, index, real, channel, stride, D: tl.constexpr):
-    """Rows `index` of one head, [., BD]; zeros where they are not real."""
-    place = index.to(tl.int64)[:, None] * stride + channel[None, :]
-    return tl.load(x_ptr + place, mask=real[:, None] & (channel < D)[None, :], other=0.0)
+def load_rows(x_ptr, start, end, rows: tl.constexpr, channel, stride, D: tl.constexpr):
+    """`rows` rows of one head from `start` on, [rows, BD]; zeros from row `end` on."""
+    row = tl.arange(0, rows)
+    # Only the tile's beginning can be beyond 2^31 elements.
+    x_ptr += tl.cast(start, tl.int64) * stride
+    mask = (row < end - start)[:, None] & (channel < D)[None, :]
+    return tl.load(x_ptr + row[:, None] * stride + channel[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
-def store_rows(x_ptr, index, real, channel, stride, D: tl.constexpr, rows):
+def store_rows(x_ptr, start, end, channel, stride, D: tl.constexpr, tile):
     """Writes what `load_rows` reads, rounded to x's dtype."""
-    place = index.to(tl.int64)[:, None] * stride + channel[None, :]
-    rows = rows.to(x_ptr.dtype.element_ty)
-    tl.store(x_ptr + place, rows, mask=real[:, None] & (channel < D)[None, :])
+    row = tl.arange(0, tile.shape[0])
+    x_ptr += tl.cast(start, tl.int64) * stride
+    mask = (row < end - start)[:, None] & (channel < D)[None, :]
+    place = row[:, None] * stride + channel[None, :]
+    tl.store(x_ptr + place, tile.to(x_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def within(position, first, end):
+    """first <= position < end, as one comparison; first <= end."""
+    return (position - first).to(tl.uint32) < (end - first).to(tl.uint32)
 
 
 @triton.jit
@@ -39,10 +50,10 @@ def first_key(position, row, edges_ptr, past_ptr, P, S, window, PACKED: tl.const
 
 @triton.jit
 def end_of_queries(position, row, edges_ptr, past_ptr, P, S, window, PACKED: tl.constexpr, PAST):
-    """The position after the last query that sees the key at `position`; 0 if none does."""
+    """The position after the last query that sees the key at `position`; that if none does."""
     end = tl.minimum(position + window, S)
     if PACKED:
         end = tl.minimum(end, tl.load(edges_ptr + S + position))
     if PAST:
-        end = tl.where(position < P - tl.load(past_ptr + row), 0, end)
+        end = tl.where(position < P - tl.load(past_ptr + row), position, end)
     return end

@@ -14,6 +14,7 @@ from based.ops.sliding_window_attention.kernels.bounds import (
     first_key,
     load_rows,
     store_rows,
+    within,
 )
 from based.ops.sliding_window_attention.kernels.outputs import LOG2E
 from based.ops.tensor_core import dot, dot_add
@@ -28,8 +29,8 @@ def through_keys(
     d_out,
     lse,
     delta,
-    position,
     first,
+    beyond,
     keys,
     channel,
     MASKED: tl.constexpr,
@@ -42,11 +43,11 @@ def through_keys(
     k_ptr, v_ptr, k_stride, v_stride, S = keys
     for start in range(begin, end, BK):
         key = start + tl.arange(0, BK)
-        k = load_rows(k_ptr, key, key < S, channel, k_stride, D)
-        v = load_rows(v_ptr, key, key < S, channel, v_stride, D)
+        k = load_rows(k_ptr, start, S, BK, channel, k_stride, D)
+        v = load_rows(v_ptr, start, S, BK, channel, v_stride, D)
         p = tl.exp2(dot(q, tl.trans(k), PRECISION) * (SCALE * LOG2E) - lse[:, None])
         if MASKED:
-            visible = (key[None, :] >= first[:, None]) & (key[None, :] <= position[:, None])
+            visible = within(key[None, :], first[:, None], beyond[:, None])
             p = tl.where(visible, p, 0.0)
         d_s = p * (dot(d_out, tl.trans(v), PRECISION) - delta[:, None])
         d_q = dot_add(d_s.to(k.dtype), k, d_q, PRECISION)
@@ -101,11 +102,11 @@ def query_gradients(
     position = tl.minimum(P + token, end - 1)
     first = first_key(position, row, edges_ptr, past_ptr, P, S, window, PACKED, PAST)
     q_ptr += row * q_stride_b + head * q_stride_h
-    q = load_rows(q_ptr, token, real, channel, q_stride_t, D)
+    q = load_rows(q_ptr, block * BQ, T, BQ, channel, q_stride_t, D)
     d_out_ptr += row * d_stride_b + head * d_stride_h
-    d_out = load_rows(d_out_ptr, token, real, channel, d_stride_t, D)
+    d_out = load_rows(d_out_ptr, block * BQ, T, BQ, channel, d_stride_t, D)
     own = (row * T * H + head) * D
-    out = load_rows(out_ptr + own, token, real, channel, H * D, D)
+    out = load_rows(out_ptr + own, block * BQ, T, BQ, channel, H * D, D)
     delta = tl.sum(out.to(tl.float32) * d_out.to(tl.float32), 1)
     place = (row * H + head) * T + token
     tl.store(delta_ptr + place, delta, mask=real)
@@ -113,7 +114,7 @@ def query_gradients(
     k_ptr += row * k_stride_b + head * k_stride_h
     v_ptr += row * v_stride_b + head * v_stride_h
     keys = (k_ptr, v_ptr, k_stride_t, v_stride_t, S)
-    given = (q, d_out, lse, delta, position, first, keys, channel)
+    given = (q, d_out, lse, delta, first, position + 1, keys, channel)
     start = first_key(begin, row, edges_ptr, past_ptr, P, S, window, PACKED, PAST)
     d_q = tl.zeros([BQ, BD], tl.float32)
     if WIDE:
@@ -124,7 +125,7 @@ def query_gradients(
         d_q = through_keys(common, diagonal, d_q, *given, False, D, BK, SCALE, PRECISION)
         start = diagonal
     d_q = through_keys(start, end, d_q, *given, True, D, BK, SCALE, PRECISION)
-    store_rows(d_q_ptr + own, token, real, channel, H * D, D, d_q * SCALE)
+    store_rows(d_q_ptr + own, block * BQ, T, channel, H * D, D, d_q * SCALE)
 
 
 @triton.jit
@@ -135,7 +136,7 @@ def through_queries(
     k,
     v,
     key,
-    last,
+    beyond,
     queries,
     channel,
     MASKED: tl.constexpr,
@@ -150,13 +151,13 @@ def through_queries(
     for start in range(begin, end, BQ):
         position = start + tl.arange(0, BQ)
         real = position < S
-        q = load_rows(q_ptr, position - P, real, channel, q_stride, D)
-        d_out = load_rows(d_out_ptr, position - P, real, channel, d_stride, D)
+        q = load_rows(q_ptr, start - P, S - P, BQ, channel, q_stride, D)
+        d_out = load_rows(d_out_ptr, start - P, S - P, BQ, channel, d_stride, D)
         lse = tl.load(lse_ptr + position - P, mask=real, other=0.0)
         delta = tl.load(delta_ptr + position - P, mask=real, other=0.0)
         p = tl.exp2(dot(k, tl.trans(q), PRECISION) * (SCALE * LOG2E) - lse[None, :])
         if MASKED:
-            visible = (key[:, None] <= position[None, :]) & (position[None, :] < last[:, None])
+            visible = within(position[None, :], key[:, None], beyond[:, None])
             p = tl.where(visible, p, 0.0)
         d_v = dot_add(p.to(d_out.dtype), d_out, d_v, PRECISION)
         d_s = p * (dot(v, tl.trans(d_out), PRECISION) - delta[None, :])
@@ -207,15 +208,14 @@ def key_gradients(
     channel = tl.arange(0, BD)
     P = S - T
     key = block * BK + tl.arange(0, BK)
-    real = key < S
     newest = tl.minimum(block * BK + BK, S) - 1
-    last = end_of_queries(
+    beyond = end_of_queries(
         tl.minimum(key, newest), row, edges_ptr, past_ptr, P, S, window, PACKED, PAST
     )
     k_ptr += row * k_stride_b + head * k_stride_h
-    k = load_rows(k_ptr, key, real, channel, k_stride_t, D)
+    k = load_rows(k_ptr, block * BK, S, BK, channel, k_stride_t, D)
     v_ptr += row * v_stride_b + head * v_stride_h
-    v = load_rows(v_ptr, key, real, channel, v_stride_t, D)
+    v = load_rows(v_ptr, block * BK, S, BK, channel, v_stride_t, D)
     q_ptr += row * q_stride_b + head * q_stride_h
     d_out_ptr += row * d_stride_b + head * d_stride_h
     sums = (row * H + head) * T
@@ -229,7 +229,7 @@ def key_gradients(
         P,
         S,
     )
-    given = (k, v, key, last, queries, channel)
+    given = (k, v, key, beyond, queries, channel)
     start = tl.maximum(block * BK, P)
     end = end_of_queries(newest, row, edges_ptr, past_ptr, P, S, window, PACKED, PAST)
     grads = (tl.zeros([BK, BD], tl.float32), tl.zeros([BK, BD], tl.float32))
@@ -242,5 +242,5 @@ def key_gradients(
         start = edge
     d_k, d_v = through_queries(start, end, grads, *given, True, D, BQ, SCALE, PRECISION)
     own = (row * S * H + head) * D
-    store_rows(d_k_ptr + own, key, real, channel, H * D, D, d_k * SCALE)
-    store_rows(d_v_ptr + own, key, real, channel, H * D, D, d_v)
+    store_rows(d_k_ptr + own, block * BK, S, channel, H * D, D, d_k * SCALE)
+    store_rows(d_v_ptr + own, block * BK, S, channel, H * D, D, d_v)

@@ -8,6 +8,7 @@ from based.ops.sliding_window_attention.kernels.bounds import (
     first_key,
     load_rows,
     store_rows,
+    within,
 )
 from based.ops.tensor_core import dot, dot_add
 
@@ -22,8 +23,8 @@ def add_keys(
     end,
     sums,
     q,
-    position,
     first,
+    beyond,
     keys,
     channel,
     MASKED: tl.constexpr,
@@ -37,11 +38,11 @@ def add_keys(
     k_ptr, v_ptr, k_stride, v_stride, S = keys
     for start in range(begin, end, BK):
         key = start + tl.arange(0, BK)
-        k = load_rows(k_ptr, key, key < S, channel, k_stride, D)
-        v = load_rows(v_ptr, key, key < S, channel, v_stride, D)
+        k = load_rows(k_ptr, start, S, BK, channel, k_stride, D)
+        v = load_rows(v_ptr, start, S, BK, channel, v_stride, D)
         s = dot(q, tl.trans(k), PRECISION)
         if MASKED:
-            visible = (key[None, :] >= first[:, None]) & (key[None, :] <= position[:, None])
+            visible = within(key[None, :], first[:, None], beyond[:, None])
             s = tl.where(visible, s, float("-inf"))
         higher = tl.maximum(peak, tl.max(s, 1) * (SCALE * LOG2E))
         p = tl.exp2(s * (SCALE * LOG2E) - higher[:, None])
@@ -98,7 +99,7 @@ def attend(
     position = tl.minimum(P + token, end - 1)
     first = first_key(position, row, edges_ptr, past_ptr, P, S, window, PACKED, PAST)
     q_ptr += row * q_stride_b + head * q_stride_h
-    q = load_rows(q_ptr, token, real, channel, q_stride_t, D)
+    q = load_rows(q_ptr, block * BQ, T, BQ, channel, q_stride_t, D)
     k_ptr += row * k_stride_b + head * k_stride_h
     v_ptr += row * v_stride_b + head * v_stride_h
     keys = (k_ptr, v_ptr, k_stride_t, v_stride_t, S)
@@ -108,7 +109,7 @@ def attend(
         tl.zeros([BQ, BD], tl.float32),
     )
     start = first_key(begin, row, edges_ptr, past_ptr, P, S, window, PACKED, PAST)
-    given = (q, position, first, keys, channel)
+    given = (q, first, position + 1, keys, channel)
     if WIDE:
         common = first_key(end - 1, row, edges_ptr, past_ptr, P, S, window, PACKED, PAST)
         common = start + tl.cdiv(common - start, BK) * BK
@@ -118,5 +119,5 @@ def attend(
         start = diagonal
     peak, total, acc = add_keys(start, end, sums, *given, True, D, BK, SCALE, PRECISION)
     out_ptr += (row * T * H + head) * D
-    store_rows(out_ptr, token, real, channel, H * D, D, acc / total[:, None])
+    store_rows(out_ptr, block * BQ, T, channel, H * D, D, acc / total[:, None])
     tl.store(lse_ptr + (row * H + head) * T + token, peak + tl.log2(total), mask=real)

@@ -33,8 +33,8 @@ def store_rows(x_ptr, start, end, channel, stride, D: tl.constexpr, tile):
 
 @triton.jit
 def within(position, first, end):
-    """first <= position < end, as one comparison; first <= end."""
-    return (position - first).to(tl.uint32) < (end - first).to(tl.uint32)
+    """first <= position < end."""
+    return (position >= first) & (position < end)
 
 
 @triton.jit

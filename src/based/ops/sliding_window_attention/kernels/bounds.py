@@ -38,7 +38,9 @@ def within(position, first, end):
 
 
 @triton.jit
-def first_key(position, row, edges_ptr, past_ptr, P, S, window, PACKED: tl.constexpr, PAST):
+def first_key(
+    position, row, edges_ptr, past_ptr, P, S, window, PACKED: tl.constexpr, PAST: tl.constexpr
+):
     """The first key that the query at `position` sees; the last is its own."""
     first = tl.maximum(position - window + 1, 0)
     if PACKED:
@@ -49,7 +51,9 @@ def first_key(position, row, edges_ptr, past_ptr, P, S, window, PACKED: tl.const
 
 
 @triton.jit
-def end_of_queries(position, row, edges_ptr, past_ptr, P, S, window, PACKED: tl.constexpr, PAST):
+def end_of_queries(
+    position, row, edges_ptr, past_ptr, P, S, window, PACKED: tl.constexpr, PAST: tl.constexpr
+):
     """The position after the last query that sees the key at `position`; that if none does."""
     end = tl.minimum(position + window, S)
     if PACKED:

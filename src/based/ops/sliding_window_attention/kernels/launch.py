@@ -66,9 +66,8 @@ class Call(NamedTuple):
 
 def edges_of(cu_seqlens: Int[Tensor, " E"], length: int) -> Int[Tensor, "2 T"]:
     """Where each token's sequence begins and ends, int32."""
-    cu_seqlens = cu_seqlens.to(torch.int32)
-    ids = sequence_ids(cu_seqlens, length)
-    return torch.stack([cu_seqlens[ids], F.pad(cu_seqlens[1:], (0, 1), value=length)[ids]])
+    ids, ends = sequence_ids(cu_seqlens, length), F.pad(cu_seqlens[1:], (0, 1), value=length)
+    return torch.stack([cu_seqlens[ids], ends[ids]]).to(torch.int32)
 
 
 def dense(x: Tensor) -> Tensor:

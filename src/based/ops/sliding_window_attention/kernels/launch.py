@@ -27,8 +27,12 @@ def _tiles(D: int, wide: bool) -> Tiles:
         small = {"BQ": 32, "BK": 32, "num_warps": 4, "num_stages": 1}
         return Tiles(small, small, small)
     square = {"BQ": 64, "BK": 64, "num_warps": 4, "num_stages": 2}
-    # Two sums of 64 x D are kept: narrow tiles of queries leave the registers for them.
-    return Tiles(square, square, {**square, "BQ": 32})
+    if D <= 64:
+        # Four programs a multiprocessor.
+        square["maxnreg"] = 128
+        return Tiles(square, square, {**square, "BQ": 32})
+    # Narrow tiles leave registers for the sums, of 64 x D each.
+    return Tiles(square, {**square, "BK": 32}, {**square, "BQ": 32})
 
 
 class Call(NamedTuple):

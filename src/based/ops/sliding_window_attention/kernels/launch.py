@@ -30,9 +30,9 @@ def _tiles(D: int, wide: bool) -> Tiles:
     if D <= 64:
         # Four programs a multiprocessor.
         square["maxnreg"] = 128
-        return Tiles(square, square, {**square, "BQ": 32})
+        return Tiles(square, square, {**square, "BQ": 32, "num_stages": 3})
     # Narrow tiles leave registers for the sums, of 64 x D each.
-    return Tiles(square, {**square, "BK": 32}, {**square, "BQ": 32})
+    return Tiles(square, {**square, "BK": 32}, {**square, "BQ": 32, "num_stages": 3})
 
 
 class Call(NamedTuple):

@@ -119,5 +119,5 @@ def attend(
         start = diagonal
     peak, total, acc = add_keys(start, end, sums, *given, True, D, BK, SCALE, PRECISION)
     out_ptr += (row * T * H + head) * D
-    store_rows(out_ptr, block * BQ, T, channel, H * D, D, acc / total[:, None])
+    store_rows(out_ptr, block * BQ, T, channel, H * D, D, acc * (1 / total)[:, None])
     tl.store(lse_ptr + (row * H + head) * T + token, peak + tl.log2(total), mask=real)

@@ -11,7 +11,6 @@ chunked pass at its matrix-product rate.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -23,11 +22,11 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from based.ops.gated_short_convolution import gated_short_convolution
-from based.ops.sliding_window_attention import blocked, sliding_window_attention
+from based.ops.sliding_window_attention import sliding_window_attention
 from based.ops.taylor_linear_attention import num_features, taylor_linear_attention
 from benchmarks.rows import RESULTS, write_rows
 
-FEATURE_DIM, CHUNK = 16, 128
+FEATURE_DIM, CHUNK, WINDOW = 16, 128, 129
 # Quadratic forms are not timed where a pass would take seconds.
 QUADRATIC_LIMIT = 1 << 16
 
@@ -49,9 +48,7 @@ TAYLOR = (
     *(Case(65536 // tokens, 16, tokens, 64) for tokens in (512, 2048, 8192, 32768)),
     Case(1, 16, 1 << 20, 64),
 )
-WINDOWS = [
-    (Case(16, 16, 4096, D), window) for D in (64, 112, 128) for window in (65, 129, 513, 2049)
-]
+WINDOWS = (Case(16, 16, 4096, 64), Case(16, 16, 4096, 112))
 CHANNELS = 2 * 1792
 
 Function = Callable[..., Tensor]
@@ -97,41 +94,20 @@ def taylor_peers() -> dict[str, Function]:
     return peers
 
 
-def window_peers(window: int) -> dict[str, Function]:
+def window_peers(case: Case) -> dict[str, Function]:
     """Functions of q, k, v [B, T, H, D]."""
-
-    def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        T = q.shape[1]
-        return torch.ops.aten._flash_attention_forward(
-            *(q, k, v, None, None, T, T, 0.0, False, False),
-            window_size_left=window - 1,
-            window_size_right=0,
-        )[0]
-
-    peers: dict[str, Function] = {
-        "based": lambda q, k, v: sliding_window_attention(q, k, v, window),
-        "PyTorch blocks": lambda q, k, v: blocked.sliding_window_attention(q, k, v, window),
-        "windowed FlashAttention-2": flash,
-    }
-    if find_spec("flash_attn") is not None:
-        from flash_attn import flash_attn_func  # pyright: ignore[reportMissingImports]
-
-        peers["flash-attn"] = lambda q, k, v: flash_attn_func(q, k, v, window_size=(window - 1, 0))
-    return peers
-
-
-def flex(window: int, tokens: int) -> Function:
-    """A function of q, k, v [B, H, T, D]."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return (j <= i) & (i - j < window)
+        return (j <= i) & (i - j < WINDOW)
 
-    mask = create_block_mask(visible, None, None, tokens, tokens, device="cuda")
-    # Each window is compiled by itself, as sizes known in advance.
-    torch.compiler.reset()
-    compiled: Any = torch.compile(flex_attention, dynamic=False)
-    return lambda q, k, v: compiled(q, k, v, block_mask=mask)
+    mask = create_block_mask(visible, None, None, case.tokens, case.tokens, device="cuda")
+    compiled: Any = torch.compile(flex_attention)
+
+    def flex(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return compiled(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=mask)
+
+    return {"based": lambda q, k, v: sliding_window_attention(q, k, v, WINDOW), "flex": flex}
 
 
 def timed(function: Function, inputs: list[Tensor], both: bool) -> float | None:
@@ -154,14 +130,6 @@ def taylor_floor(case: Case, both: bool, copy: float, product: float) -> float:
     features = num_features(FEATURE_DIM)
     flops = rows * (4 * features * (D + 1) + CHUNK * (FEATURE_DIM + D + 1))
     return 1e3 * max(size * (3 if both else 1) / copy, flops * (3 if both else 1) / product)
-
-
-def window_floor(case: Case, window: int, both: bool, copy: float, product: float) -> float:
-    """Milliseconds: q, k, v, out (and their gradients) once, and products of what is seen."""
-    B, H, T, D = case
-    size = 4 * 2 * B * H * T * D
-    flops = 4 * D * B * H * (window * T - window * (window - 1) // 2)
-    return 1e3 * max(size * (3 if both else 1) / copy, flops * (3.5 if both else 1) / product)
 
 
 def rows_of(
@@ -202,18 +170,13 @@ def taylor_rows(copy: float, product: float) -> Iterator[dict[str, Any]]:
             yield from rows_of("taylor_linear_attention", case, softmax, [q, k, v], floor)
 
 
-def window_rows(copy: float, product: float) -> Iterator[dict[str, Any]]:
-    op = "sliding_window_attention"
-    for case, window in WINDOWS:
+def window_rows(copy: float) -> Iterator[dict[str, Any]]:
+    for case in WINDOWS:
         B, H, T, D = case
-        floor = partial(window_floor, case, window, copy=copy, product=product)
-        tokens_first = [draw(B, T, H, D) for _ in range(3)]
-        heads_first = [draw(B, H, T, D) for _ in range(3)]
-        for row in (
-            *rows_of(op, case, window_peers(window), tokens_first, floor),
-            *rows_of(op, case, {"FlexAttention": flex(window, T)}, heads_first, floor),
-        ):
-            yield {**row, "window": window}
+        inputs = [draw(B, T, H, D) for _ in range(3)]
+        size = 4 * inputs[0].nbytes
+        floor = lambda both, size=size: 1e3 * size * (2.5 if both else 1) / copy  # noqa: E731
+        yield from rows_of("sliding_window_attention", case, window_peers(case), inputs, floor)
 
 
 def convolution_rows(copy: float) -> Iterator[dict[str, Any]]:
@@ -232,7 +195,7 @@ def main() -> None:
     copy, product = rates()
     Console().print(f"copy {copy / 1e12:.2f} TB/s, product {product / 1e12:.0f} TFLOP/s")
     rows: list[dict[str, Any]] = []
-    for source in (taylor_rows(copy, product), window_rows(copy, product), convolution_rows(copy)):
+    for source in (taylor_rows(copy, product), window_rows(copy), convolution_rows(copy)):
         for row in source:
             rows.append({**row, "copy_tb_s": copy / 1e12, "product_tflop_s": product / 1e12})
             write_rows("kernels", rows)
@@ -244,9 +207,8 @@ def show(rows: list[dict[str, Any]]) -> None:
     table = Table("op", "batch, heads, tokens, dim", "direction", "implementation", "ms", "floor")
     for row in rows:
         sizes = ", ".join(str(row[name]) for name in Case._fields)
-        op = " ".join(str(row[name]) for name in ("op", "window") if name in row)
         numbers = (f"{row['ms']:.3f}", f"{row['floor_ms']:.3f}")
-        table.add_row(op, sizes, row["direction"], row["implementation"], *numbers)
+        table.add_row(row["op"], sizes, row["direction"], row["implementation"], *numbers)
     Console(width=140).print(table)
 
 

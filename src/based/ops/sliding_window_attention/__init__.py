@@ -8,7 +8,7 @@ keys t - window + 1 .. t. The other conventions in use:
     official Based `window_size` W     ->  window = W // 2 + 1   (`window_from_official`)
 """
 
-from based.ops.sliding_window_attention.blocked import sliding_window_attention
+from based.ops.sliding_window_attention.operator import sliding_window_attention
 from based.ops.sliding_window_attention.step import attention_step
 
 

@@ -10,7 +10,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from based.ops.lanes import lanes_as_rows
 from based.ops.packed import sequence_ids
 
 MIN_BLOCK = 64
@@ -18,7 +17,6 @@ MIN_BLOCK = 64
 SHORT = 256
 
 
-@lanes_as_rows
 def sliding_window_attention(
     q: Float[Tensor, "B T H D"],
     k: Float[Tensor, "B S H D"],
@@ -28,12 +26,7 @@ def sliding_window_attention(
     cu_seqlens: Int[Tensor, " E"] | None = None,
     dropout: float = 0.0,
 ) -> Float[Tensor, "B T H D"]:
-    """Causal attention over the last `window` keys, as `reference.py` defines it.
-
-    k and v may begin with P = S - T past keys, of which row b's last `past[b]`
-    exist. A packed batch (`cu_seqlens`, B = 1) has no past keys. `dropout` is the
-    probability with which each attention weight is dropped.
-    """
+    """As the operator of that name; any device and dtype, and the only one that drops weights."""
     T, P = q.shape[1], k.shape[1] - q.shape[1]
     if T == 0:
         return q

@@ -1,0 +1,1 @@
+"""Triton kernels of sliding-window attention over whole sequences, forward and backward."""

@@ -27,13 +27,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from based.ops.sliding_window_attention import sliding_window_attention
+from based.ops.sliding_window_attention import blocked, sliding_window_attention
 from based.ops.taylor_linear_attention import num_features, taylor_linear_attention
 from benchmarks import pointwise
 from benchmarks.rows import RESULTS, add_row, device_name, has_row, read_rows
-from benchmarks.timing import Case, Cells, Function, Rates, draw, rates, rows_of
+from benchmarks.timing import Case, Cells, Function, Rates, compiled, draw, rates, rows_of
 
-FEATURE_DIM, CHUNK, WINDOW = 16, 128, 129
+FEATURE_DIM, CHUNK = 16, 128
 # Quadratic forms are not timed where a pass would take seconds.
 QUADRATIC_LIMIT = 1 << 16
 TAYLOR = (
@@ -44,7 +44,11 @@ TAYLOR = (
     *(Case(65536 // tokens, 16, tokens, 64) for tokens in (512, 2048, 8192, 32768)),
     Case(1, 16, 1 << 20, 64),
 )
-WINDOWS = (Case(16, 16, 4096, 64), Case(16, 16, 4096, 112))
+WINDOWS = tuple(
+    (Case(16, 16, 4096, head_dim), window)
+    for head_dim in (64, 112, 128)
+    for window in (65, 129, 513, 2049)
+)
 
 
 def attention(backend: SDPBackend) -> Function:
@@ -71,20 +75,43 @@ def taylor_peers() -> dict[str, Function]:
     return peers
 
 
-def window_peers(case: Case) -> dict[str, Function]:
+def window_peers(window: int) -> dict[str, Function]:
     """Functions of q, k, v [B, T, H, D]."""
+
+    def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        T = q.shape[1]
+        return torch.ops.aten._flash_attention_forward(
+            *(q, k, v, None, None, T, T, 0.0, False, False),
+            window_size_left=window - 1,
+            window_size_right=0,
+        )[0]
+
+    peers: dict[str, Function] = {
+        "based": lambda q, k, v: sliding_window_attention(q, k, v, window),
+        "PyTorch blocks": lambda q, k, v: blocked.sliding_window_attention(q, k, v, window),
+        "windowed FlashAttention-2": flash,
+    }
+    if find_spec("flash_attn") is not None:
+        from flash_attn import flash_attn_func  # pyright: ignore[reportMissingImports]
+
+        peers["flash-attn"] = lambda q, k, v: flash_attn_func(
+            q, k, v, causal=True, window_size=(window - 1, 0)
+        )
+    return peers
+
+
+def flex(window: int, tokens: int) -> Function:
+    """FlexAttention: a function of q, k, v [B, H, T, D], the layout that it is made for."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return (j <= i) & (i - j < WINDOW)
+        return (j <= i) & (i - j < window)
 
-    mask = create_block_mask(visible, None, None, case.tokens, case.tokens, device="cuda")
-    compiled: Any = torch.compile(flex_attention, dynamic=False)
-
-    def flex(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return compiled(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=mask)
-
-    return {"based": lambda q, k, v: sliding_window_attention(q, k, v, WINDOW), "flex": flex}
+    mask = create_block_mask(visible, None, None, tokens, tokens, device="cuda")
+    # Only so many masks are compiled before torch gives up.
+    torch.compiler.reset()
+    attend = compiled(flex_attention)
+    return lambda q, k, v: attend(q, k, v, block_mask=mask)
 
 
 def taylor_floor(case: Case, rates: Rates) -> tuple[float, float]:
@@ -114,13 +141,17 @@ def taylor(rates: Rates) -> Cells:
 
 
 def windows(rates: Rates) -> Cells:
-    for case in WINDOWS:
+    op = "sliding_window_attention"
+    for case, window in WINDOWS:
         B, H, T, D = case
+        size = 4 * 2 * B * H * T * D
+        flops = 4 * D * B * H * (window * T - window * (window - 1) // 2)
+        floors = rates.floor(size, flops), rates.floor(3 * size, 3.5 * flops)
         inputs = [draw(B, T, H, D) for _ in range(3)]
-        size = 4 * inputs[0].nbytes
-        floors = rates.floor(size), rates.floor(2.5 * size)
-        op, peers = "sliding_window_attention", window_peers(case)
-        yield from rows_of(op, case, peers, inputs, floors, window=WINDOW)
+        yield from rows_of(op, case, window_peers(window), inputs, floors, window=window)
+        inputs = [draw(B, H, T, D) for _ in range(3)]
+        peers = {"FlexAttention": flex(window, T)}
+        yield from rows_of(op, case, peers, inputs, floors, window=window)
 
 
 OPS: dict[str, Callable[[Rates], Cells]] = {

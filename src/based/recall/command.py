@@ -66,6 +66,8 @@ class Sweep:
     """Arithmetic of matrix products."""
     drop_hopeless: bool = False
     """End learning rates early that cannot win any more."""
+    fuse: bool = False
+    """On a GPU, compile training steps: a minute a point, and half of the memory traffic."""
     seeds: tuple[int, ...] = (124, 125)
     """Other seeds of the grid `seeds`."""
     only: str | None = None
@@ -224,7 +226,11 @@ def _train(
         task = progress.add_task("points", total=len(points))
         threads = 1 if devices == ["cpu"] else None
         ended = sweep(
-            points, results, submit, devices, deadline=deadline, threads=threads, rates=rates
+            *(points, results, submit, devices),
+            deadline=deadline,
+            threads=threads,
+            fuse=options.fuse,
+            rates=rates,
         )
         for _, rows in ended:
             aside += rows is None

@@ -30,6 +30,8 @@ def lanes_of(architecture: str, device: str, dtype: torch.dtype) -> Lanes:
     return Lanes(model, RATES, weight_decay=0.1)
 
 
+# The compiler warns of what it leaves alone, complex numbers for one.
+@pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("fuse", [False, True])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_recorded_steps_are_plain_steps(architecture: str, fuse: bool) -> None:

@@ -91,8 +91,9 @@ def _bytes(size: float) -> str:
 
 def _legend(axes: Axes) -> tuple[list[Any], list[str]]:
     """Markers without their bars."""
-    handles, labels = axes.get_legend_handles_labels()
-    return [handle[0] for handle in handles], labels
+    bars: list[Any]
+    bars, labels = axes.get_legend_handles_labels()
+    return [markers for markers, *_ in bars], labels
 
 
 def _scatter(axes: Axes, rows: Sequence[Row], size: str) -> None:

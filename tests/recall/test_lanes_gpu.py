@@ -10,7 +10,10 @@ from based.recall.mqar import Task, segment
 from based.recall.steps import stepper, train_step
 from based.recall.train import evaluate
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 
 TASK = Task(64, 8, 16)
 RECIPE = Recipe(

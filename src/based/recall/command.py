@@ -286,14 +286,15 @@ def _plot(out: Path, console: Console) -> None:
 
 
 def _compare(out: Path, against: Path, console: Console) -> None:
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from based.recall.results import agreement
 
     pairs = agreement(_rows_of(out), _rows_of(against))
     if not pairs:
         raise BasedError(f"{out} and {against} have no point in common")
-    shown = Table("point", str(out), str(against), "difference", "same learning rate")
+    names = out.resolve().name, against.resolve().name
+    shown = Table(Column("point", no_wrap=True), *names, "difference", "same rate")
     for row, other in pairs:
         shown.add_row(
             row["point"],

@@ -294,7 +294,8 @@ def _compare(out: Path, against: Path, console: Console) -> None:
     if not pairs:
         raise BasedError(f"{out} and {against} have no point in common")
     names = out.resolve().name, against.resolve().name
-    shown = Table(Column("point", no_wrap=True), *names, "difference", "same rate")
+    difference = Column("difference", min_width=6)
+    shown = Table(Column("point", no_wrap=True), *names, difference, "same rate")
     for row, other in pairs:
         shown.add_row(
             row["point"],

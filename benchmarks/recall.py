@@ -1,6 +1,6 @@
 """Seconds a configuration of the recall lab, beside the official trainer's on this machine.
 
-    python -m benchmarks.recall [--zoology PATH] [--epochs 3] [--products tf32]
+    python -m benchmarks.recall [--zoology PATH] [--epochs 3] [--products tf32] [--fuse]
 
 Ours trains the four learning rates of a point stacked; a configuration is a quarter
 of that. Zoology's trainer takes one. Both read the same examples; the first epoch is
@@ -48,6 +48,10 @@ class Options:
     zoology_epochs: int = 2
     """Epochs of theirs, the first of them set-up."""
     products: Literal["float32", "tf32", "bf16"] = "float32"
+    only: str = ""
+    """Points whose name contains this text."""
+    fuse: bool = False
+    """Compile our steps."""
     fraction: float = 1.0
     """Of the published number of examples: for trying this script."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
@@ -59,7 +63,7 @@ def time_ours(point: Point, recipe: Recipe, options: Options) -> dict[str, Any]:
     lasting = replace(recipe, epochs=options.epochs, stop_above=2.0)
     data_of(lasting, torch.device(options.device))
     made = time.perf_counter()
-    trainer = PointTrainer(point, lasting, torch.device(options.device))
+    trainer = PointTrainer(point, lasting, torch.device(options.device), fuse=options.fuse)
     times = [time.perf_counter()]
     rows = trainer.train(on_epoch=lambda *_: times.append(time.perf_counter())) or []
     epochs = [after - before for before, after in pairwise(times)]
@@ -113,6 +117,7 @@ def _row(
         "what": what,
         "point": point.key,
         "products": options.products if what == "ours" else "float32",
+        "fused": options.fuse and what == "ours",
         "fraction": options.fraction,
         "lanes": lanes,
         "data_seconds": round(data, 3),
@@ -237,7 +242,7 @@ def main(options: Options) -> None:
             for tasks in (recipe.train, recipe.test)
         )
         recipe = replace(recipe, train=train, test=test)
-    for point in POINTS:
+    for point in (point for point in POINTS if options.only in point.key):
         rows.append(time_ours(point, recipe, options))
         if options.zoology is not None:
             rows.append(time_zoology(point, recipe, options))

@@ -127,6 +127,14 @@ def test_initialisation() -> None:
     assert (block.mixer.in_proj.bias == 0).all()
 
 
+def test_mamba_begins_as_its_authors_have_it() -> None:
+    """torch's own uniform weights, out_proj over the root of the residual additions."""
+    sizes = {"vocab_size": 64, "hidden_size": 64, "mixers": ("mamba",) * 4}
+    mixer = Decoder(DecoderConfig(**sizes, intermediate_size=0)).blocks[0].mixer
+    assert mixer.in_proj.weight.std().item() == pytest.approx((1 / 64 / 3) ** 0.5, rel=0.05)
+    assert mixer.out_proj.weight.std().item() == pytest.approx((1 / 128 / 3 / 4) ** 0.5, rel=0.05)
+
+
 def test_saved_and_loaded_is_the_same(tmp_path: Path) -> None:
     model, tokens = tiny(torch.float32), torch.randint(0, 40, (1, 12))
     save_model(model, tmp_path / "m")

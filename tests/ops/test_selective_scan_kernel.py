@@ -1,6 +1,8 @@
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
+from based.ops.lanes import lanes_as_rows
 from based.ops.selective_scan import selective_scan
 from based.ops.selective_scan.triton import selective_scan_kernel
 
@@ -46,3 +48,22 @@ def test_rows_of_different_models_are_one_batch() -> None:
     (got,) = torch.autograd.grad((stacked * weight).sum(), rates)
     (want,) = torch.autograd.grad((apart * weight).sum(), rates)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+
+
+def test_a_compiler_takes_the_kernels_as_they_are() -> None:
+    """Traced below vmap and autograd, where the launches are two operators."""
+    scan = lanes_as_rows(selective_scan_kernel)
+
+    def gradient(x: torch.Tensor, A: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        leaf = x.detach().requires_grad_()
+        y, _ = torch.vmap(scan)(leaf, leaf.abs(), A, b, b, torch.zeros_like(A))
+        return torch.autograd.grad(y.square().sum(), leaf)[0]
+
+    inputs = torch.randn(2, 1, 3, 2), -torch.rand(2, 1, 2, 2), torch.randn(2, 1, 3, 2)
+    inputs = tuple(tensor.to(DEVICE) for tensor in inputs)
+    graph = make_fx(gradient)(*inputs)
+    names = [str(node.target) for node in graph.graph.nodes]
+    assert names.count("based.selective_scan.default") == 1
+    assert names.count("based.selective_scan_backward.default") == 1
+    compiled = torch.compile(graph, fullgraph=True, dynamic=False, backend="aot_eager")
+    torch.testing.assert_close(compiled(*inputs), gradient(*inputs), rtol=0, atol=0)

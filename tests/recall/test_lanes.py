@@ -1,18 +1,21 @@
 """Stacked models compute what each would alone: every architecture, and the whole step."""
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from based.recall.architectures import ARCHITECTURES, build_model
 from based.recall.config import Point, Recipe
 from based.recall.lanes import Lanes
 from based.recall.mqar import Segment, Task, segment
-from based.recall.steps import RecordedSteps, train_step
+from based.recall.steps import RecordedSteps, fused, train_step
 
 RECIPE = Recipe(vocab_size=32, train=(Task(24, 4, 8),), test=(Task(24, 4, 8),), batch_size=4)
 RATES = (1e-2, 1e-3, 3e-2)
@@ -131,3 +134,52 @@ def test_recorded_steps_are_plain_steps() -> None:
     assert torch.equal(lanes.flat, plain.flat)
     assert torch.equal(lanes.losses, plain.losses)
     assert lanes.steps == 5
+
+
+# One of each kind of operator; every architecture takes minutes to compile.
+@pytest.mark.parametrize("architecture", ["based", "attention", "delta_net"])
+def test_fused_steps_are_plain_steps(architecture: str) -> None:
+    """Traced and compiled below vmap and autograd; a smaller batch is not."""
+    plain, lanes = lanes_of(architecture), lanes_of(architecture)
+    fuse = partial(fused, backend="aot_eager")
+    steps = RecordedSteps(lanes, lambda step: step, fuse, batch_size=4)
+    for take, own in ((train_step, plain), (steps, lanes)):
+        torch.manual_seed(3)
+        for seed, examples in enumerate((4, 4, 2, 4)):
+            take(own, batch(examples, seed))
+    assert steps.fuses
+    torch.testing.assert_close(lanes.flat, plain.flat, rtol=0, atol=1e-12)
+    torch.testing.assert_close(lanes.losses, plain.losses, rtol=0, atol=1e-12)
+
+
+def test_a_compiler_that_fails_costs_its_speed_alone() -> None:
+    def fuse(own: Lanes, inputs: Segment) -> Callable[[], None]:
+        train_step(own, inputs)
+        raise RuntimeError("no such device")
+
+    plain, lanes = lanes_of("based"), lanes_of("based")
+    steps = RecordedSteps(lanes, lambda step: step, fuse, batch_size=4)
+    torch.manual_seed(3)
+    train_step(plain, batch())
+    torch.manual_seed(3)
+    with pytest.warns(UserWarning, match="not fused: RuntimeError: no such device"):
+        steps(lanes, batch())
+    assert not steps.fuses
+    assert torch.equal(lanes.flat, plain.flat)
+
+
+class NothingReadByTheHost(TorchDispatchMode):
+    """Refuses what a recorded GPU step cannot do: bring a number to the host."""
+
+    READS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero")
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert not any(name in str(op) for name in self.READS), op
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_step_reads_nothing_back(architecture: str) -> None:
+    lanes, one = lanes_of(architecture), batch()
+    with NothingReadByTheHost():
+        train_step(lanes, one)

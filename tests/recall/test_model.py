@@ -78,6 +78,10 @@ def test_weights_begin_as_published() -> None:
     assert spread(mamba, "body.blocks.0.mixer.in_proj.weight") == pytest.approx(uniform, rel=0.05)
     inner = (1 / 256 / 3 / 2) ** 0.5
     assert spread(mamba, "body.blocks.1.mixer.out_proj.weight") == pytest.approx(inner, rel=0.05)
+    hyena = model_of(Point("hyena", 128), 512)
+    for name in ("weights.1", "out_weight"):
+        assert spread(hyena, f"body.blocks.0.mixer.filter.{name}") == pytest.approx(0.02, rel=0.05)
+    assert spread(hyena, "body.blocks.0.mixer.filter.biases.1") == 0
     assert not any(name.endswith("norm2.weight") for name, _ in mamba.named_parameters())
 
 

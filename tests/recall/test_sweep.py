@@ -237,7 +237,9 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     capsys.readouterr()
     main(["recall", "plot", out, "--against", out])
     shown = capsys.readouterr().out
-    assert shown.count("+0.000") == len({one["point"] for one in rows})
+    count = len({one["point"] for one in rows})
+    assert shown.count("+0.000") == count
+    assert f"largest difference 0.000, {count} points" in shown
     assert "| configuration |" in (Path(out) / "frontier.md").read_text()
 
 
@@ -267,6 +269,7 @@ def test_run_prints_its_rows(capsys: pytest.CaptureFixture[str], monkeypatch) ->
         (["run", "lstm"], "no architecture is named 'lstm'"),
         (["run", "based", "--state-bytes", "5"], "no state near 5 bytes"),
         (["plot", "nowhere"], "nowhere has no results"),
+        (["sweep", "demo", "here", "--only", "lstm"], "no point of demo is named like lstm"),
         (["sweep", "seeds", "nowhere"], "nowhere is not a sweep's directory"),
     ],
 )

@@ -89,6 +89,18 @@ def test_a_diverged_learning_rate_is_recorded_and_alone() -> None:
     assert good["curve"] == alone["curve"]
 
 
+def test_compiled_lanes_go_on_until_half_have_ended() -> None:
+    """Ended ones are computed along and not looked at; the others end as ever."""
+    recipe = replace(RECIPE, epochs=4, learning_rates=(1e-3, 1e30, 1e-2))
+    alike = [PointTrainer(POINT, recipe, CPU, fuse=fuse) for fuse in (False, True)]
+    rows = [trainer.train() for trainer in alike]
+    assert [len(trainer.lanes.peaks) for trainer in alike] == [2, 3]
+    assert [row["status"] for row in rows[1]] == ["done", "diverged", "done"]
+    assert [row["epochs"] for row in rows[1]] == [4, 1, 4]
+    for one, other in zip(*rows, strict=True):
+        assert {**one, "seconds": 0} == {**other, "seconds": 0}
+
+
 def test_the_rule_for_hopeless_learning_rates() -> None:
     recipe = Recipe()
     assert hopeless([0.2, 0.9], 7, recipe) == [False, False]

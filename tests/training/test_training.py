@@ -16,6 +16,7 @@ from torch import nn
 from based import files
 from based.data.prepare import prepare
 from based.errors import BasedError
+from based.mixers.mamba import Mamba
 from based.models import load_model
 from based.models.checkpoint import model_folder
 from based.training import TrainConfig, Trainer, checkpoint
@@ -280,6 +281,10 @@ def test_only_matrices_decay_and_the_rate_is_warm_up_then_cosine(config) -> None
     decayed, others = build_optimizer(model, config).param_groups
     assert [p.dim() for p in decayed["params"]] == [2]
     assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
+    mamba = Mamba(4, 8)
+    decayed, others = build_optimizer(mamba, config).param_groups
+    assert {id(p) for p in others["params"]} >= {id(mamba.A_log), id(mamba.D), id(mamba.dt_bias)}
+    assert any(p is mamba.dt_weight for p in decayed["params"])
     config = replace(config, steps=1000, warmup_steps=100)
     rates = [learning_rate(config, step) / config.learning_rate for step in range(1001)]
     assert rates[100] == max(rates) == 1

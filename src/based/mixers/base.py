@@ -44,6 +44,10 @@ class Mixer(nn.Module, ABC):
 
     #: Whether the state keeps its size whatever the length.
     fixed_state: ClassVar[bool] = True
+    #: Parameters that weight decay leaves alone, whatever their number of axes.
+    undecayed: ClassVar[tuple[str, ...]] = ()
+    #: Whether linear weights begin as the mixer made them, rather than as the model's others.
+    own_init: ClassVar[bool] = False
     #: Set while sequences are split over ranks (`based.training.context_parallel`).
     shard: Shard | None = None
 

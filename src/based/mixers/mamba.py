@@ -1,5 +1,7 @@
 """Mamba: a selective state space (arXiv 2312.00752)."""
 
+from typing import ClassVar
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -19,6 +21,9 @@ class Mamba(Mixer):
     The state is h, expand * hidden_size * state_size numbers in float32, and the
     convolution's last inputs.
     """
+
+    undecayed: ClassVar[tuple[str, ...]] = ("A_log", "D", "dt_bias")
+    own_init: ClassVar[bool] = True
 
     def __init__(
         self,

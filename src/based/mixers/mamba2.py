@@ -1,5 +1,7 @@
 """Mamba-2: a state space with one decay a head (arXiv 2405.21060)."""
 
+from typing import ClassVar
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -22,6 +24,9 @@ class Mamba2(Mixer):
     out_proj(norm(y silu(z))). The state is h, expand * hidden_size * state_size
     numbers in float32, and the convolution's last inputs (x, B and C).
     """
+
+    undecayed: ClassVar[tuple[str, ...]] = ("A_log", "D", "dt_bias")
+    own_init: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -138,11 +138,19 @@ class Decoder(nn.Module):
 
         Linear and embedding: N(0, initializer_range), biases 0. The projections
         back to the residual stream (out_proj, fc2): divided by sqrt(2 * layers).
+        A mixer with an initialisation of its own (`Mixer.own_init`) keeps it, but for
+        that division, by the square root of the model's residual additions.
         """
         std = self.config.initializer_range
+        additions = len(self.blocks) * (2 if self.config.intermediate_size else 1)
+        made = {m for mixer in self.mixers() if mixer.own_init for m in mixer.modules()}
         for name, module in self.named_modules():
+            to_residual = name.endswith(("out_proj", "fc2"))
+            if module in made:
+                if to_residual and isinstance(module, nn.Linear):
+                    module.weight.mul_(additions**-0.5)
+                continue
             if isinstance(module, nn.Linear | nn.Embedding):
-                to_residual = name.endswith(("out_proj", "fc2"))
                 scale = (2 * len(self.blocks)) ** -0.5 if to_residual else 1.0
                 nn.init.normal_(module.weight, std=std * scale)
             if isinstance(module, nn.Linear) and module.bias is not None:

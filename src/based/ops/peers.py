@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from based.ops.lanes import in_lanes
+
 
 @lru_cache
 def installed(module: str, name: str) -> Callable[..., Any] | None:
@@ -21,5 +23,9 @@ def installed(module: str, name: str) -> Callable[..., Any] | None:
 def peer_kernel(
     module: str, name: str, x: Tensor, dtypes: tuple[torch.dtype, ...]
 ) -> Callable[..., Any] | None:
-    """`module.name` if it is installed and takes tensors like x: on a GPU, of one of `dtypes`."""
-    return installed(module, name) if x.is_cuda and x.dtype in dtypes else None
+    """`module.name` if it is installed and takes tensors like x: on a GPU, of one of `dtypes`.
+
+    No kernel of others takes the tensors of several lanes.
+    """
+    takes = x.is_cuda and x.dtype in dtypes and not in_lanes()
+    return installed(module, name) if takes else None

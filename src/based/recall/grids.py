@@ -14,18 +14,19 @@ CLOSE = 0.1
 
 
 def core(recipe: Recipe) -> list[Point]:
-    """Figure 2 and what came after: the points of the published sweeps."""
+    """Figure 2 and what came after, at published sizes: the paper's own points first."""
     sizes = ((64, 16), (128, 24), (256, 16))
     return [
+        *(Point("based", d, {"feature_dim": k}) for d, k in product((64, 128, 48), (16, 24, 8))),
         *(Point("attention", d) for d in (64, 128)),
-        *(Point("sliding_window", 128, {"window": w}) for w in (16, 64, 128, 256, 512)),
-        *(Point("based", d, {"feature_dim": k}) for d, k in product((48, 64, 128), (8, 16, 24))),
-        *(Point(name, d, {"state_size": n}) for name in ("mamba", "mamba2") for d, n in sizes),
+        *(Point("sliding_window", 128, {"window": w}) for w in (64, 512, 16, 128, 256)),
+        *(Point("mamba", d, {"state_size": n}) for d, n in sizes),
         *(
             Point(name, d)
-            for name in ("h3", "hyena", "gla", "delta_net", "gated_delta_net", "rwkv7")
+            for name in ("gated_delta_net", "delta_net", "gla", "rwkv7", "h3", "hyena")
             for d in (64, 128)
         ),
+        *(Point("mamba2", d, {"state_size": n}) for d, n in sizes),
     ]
 
 

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from based.mixers import Mixer, build_mixer
+from based.mixers.hyena import SineFilter
+from based.mixers.rwkv7 import RWKV7
 
 
 class Layer(NamedTuple):
@@ -110,6 +112,7 @@ class RecallModel(nn.Module):
         nn.init.normal_(self.embedding.weight, std=0.02)
         depth, plain = len(self.body.blocks), self.config.block == "transformer"
         for name, module in self.body.named_modules():
+            _init_like_linear(module)
             if not isinstance(module, nn.Linear):
                 continue
             out = name.endswith("out_proj")
@@ -138,3 +141,18 @@ class RecallModel(nn.Module):
     def state_bytes(self, length: int, dtype: torch.dtype = torch.float32) -> int:
         """Bytes that one sequence's state occupies after `length` tokens, all layers."""
         return sum(mixer.state_bytes(length, dtype) for mixer in self.mixers())
+
+
+def _init_like_linear(module: nn.Module) -> None:
+    """Parameters that are not linear layers here and are in Zoology: N(0, 0.02), biases 0.
+
+    So Hyena's filters begin near zero, and RWKV-7's decays and rates all alike.
+    """
+    if isinstance(module, SineFilter):
+        for weight in (*module.weights, module.out_weight):
+            nn.init.normal_(weight, std=0.02)
+        for bias in module.biases:
+            nn.init.zeros_(bias)
+    elif isinstance(module, RWKV7):
+        nn.init.zeros_(module.decay_bias)
+        nn.init.zeros_(module.rate_bias)

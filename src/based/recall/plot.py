@@ -29,6 +29,13 @@ COLORS = {
     "shipped": "#08306b",
     "shipped_taylor": "#4292c6",
     "shipped_window": "#f5b14c",
+    "identity": "#737373",
+    "relu": "#e7298a",
+    "pos_elu": "#66a61e",
+    "square": "#e6ab02",
+    "cosformer": "#7570b3",
+    "performer": "#1b9e77",
+    "all_poly": "#a6761d",
 }
 
 
@@ -48,7 +55,7 @@ def draw(rows: Sequence[Row], path: Path, beside_published: bool = True) -> list
 
     best = best_rows(rows)
     counted = [row for row in rows if beside_published and row.get("paper_bytes") is not None]
-    figure = Figure(figsize=(13, 5.6) if counted else (7, 5.6), layout="constrained")
+    figure = Figure(figsize=(14, 5.6) if counted else (8, 5.2), layout="constrained")
     axes = figure.subplots(1, 2 if counted else 1, sharey=True, squeeze=False)[0]
     _scatter(axes[0], rows, "state_bytes")
     edge = frontier(best)
@@ -59,19 +66,34 @@ def draw(rows: Sequence[Row], path: Path, beside_published: bool = True) -> list
         color="0.75",
         zorder=0,
     )
-    axes[0].set(title="what a state occupies", ylabel="MQAR accuracy")
+    axes[0].set(title="what a state occupies; line: the frontier", ylabel="MQAR accuracy")
     if counted:
         _published(axes[1], {row["architecture"] for row in counted})
         _scatter(axes[1], counted, "paper_bytes")
         axes[1].set(title="the paper's accounting; faint: published")
     for one in axes:
-        one.set(xscale="log", xlabel="bytes of state (float32, one sequence)", ylim=(-0.02, 1.03))
+        one.set_xscale("log", base=2)
+        one.xaxis.set_major_formatter(lambda size, _: _bytes(size))
+        one.set(xlabel="state of one sequence, float32", ylim=(-0.02, 1.03))
         one.grid(alpha=0.25)
-    axes[-1].legend(frameon=False, fontsize=8, loc="lower right")
+    figure.legend(*_legend(axes[0]), frameon=False, loc="outside right upper")
     paths = [path.with_suffix(suffix) for suffix in (".png", ".svg")]
     for one in paths:
         figure.savefig(one, dpi=150)
     return paths
+
+
+def _bytes(size: float) -> str:
+    """A power of two by its unit."""
+    power = min(max(int(size).bit_length() - 1, 0) // 10, 2)
+    return f"{size / 1024**power:g} {('B', 'KiB', 'MiB')[power]}"
+
+
+def _legend(axes: Axes) -> tuple[list[Any], list[str]]:
+    """Markers without their bars."""
+    bars: list[Any]
+    bars, labels = axes.get_legend_handles_labels()
+    return [markers for markers, *_ in bars], labels
 
 
 def _scatter(axes: Axes, rows: Sequence[Row], size: str) -> None:
@@ -104,11 +126,7 @@ def _published(axes: Axes, architectures: set[str]) -> None:
 
 
 def _color(architecture: str) -> str:
-    from matplotlib import colormaps, colors
-
-    if architecture in COLORS:
-        return COLORS[architecture]
-    return colors.to_hex(colormaps["tab20"](sum(map(ord, architecture)) % 20))
+    return COLORS.get(architecture, "#000000")
 
 
 def table(rows: Sequence[Row]) -> list[dict[str, Any]]:

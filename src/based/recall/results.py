@@ -95,9 +95,9 @@ def frontier(rows: Iterable[Row]) -> list[Row]:
 
 
 def agreement(rows: Iterable[Row], others: Iterable[Row]) -> list[tuple[Row, Row]]:
-    """The best rows of the points that two sweeps share, in pairs."""
-    theirs = {row["point"]: row for row in best_rows(others)}
-    return [(row, theirs[row["point"]]) for row in best_rows(rows) if row["point"] in theirs]
+    """The best rows of the points that two sweeps share, in pairs, by name."""
+    ours, theirs = ({row["point"]: row for row in best_rows(some)} for some in (rows, others))
+    return [(ours[name], theirs[name]) for name in sorted(ours.keys() & theirs.keys())]
 
 
 def by_configuration(rows: Iterable[Row]) -> list[list[Row]]:

@@ -25,6 +25,7 @@ class Job:
     device: str
     deadline: float
     threads: int | None = None
+    fuse: bool = False
 
 
 Submit = Callable[[Job], "Future[list[Row] | None]"]
@@ -44,7 +45,8 @@ def work(job: Job) -> list[Row] | None:
     if device.index is not None:
         torch.cuda.set_device(device)
     try:
-        return PointTrainer(job.point, job.recipe, device, job.folder).train(job.deadline)
+        trainer = PointTrainer(job.point, job.recipe, device, job.folder, job.fuse)
+        return trainer.train(job.deadline)
     except BasedError as error:
         status, reason = "impossible", str(error)
     except RuntimeError as error:
@@ -62,13 +64,14 @@ def sweep(
     *,
     deadline: float = float("inf"),
     threads: int | None = None,
+    fuse: bool = False,
     rates: Mapping[str, tuple[float, ...]] | None = None,
 ) -> Iterator[tuple[Point, list[Row] | None]]:
     """Trains what has no result yet; yields every point that ended or was put aside.
 
     Rows are on the disk before they are yielded. Points that were put aside come
-    first, then the widest, so that no long one is left for the end. `rates` gives
-    points, by key, other learning rates than the recipe's.
+    first, then the others in their order. `rates` gives points, by key, other
+    learning rates than the recipe's; `fuse` is `PointTrainer`'s.
     """
     wanted = {point.key: results.recipe.learning_rates for point in points} | dict(rates or {})
     todo = [
@@ -76,13 +79,13 @@ def sweep(
         for point in points
         if (missing := results.missing(point, wanted[point.key]))
     ]
-    todo.sort(key=lambda pair: (not results.checkpoint(pair[0]).exists(), -pair[0].hidden_size))
+    todo.sort(key=lambda pair: not results.checkpoint(pair[0]).exists())
     futures: dict[Future[list[Row] | None], Point] = {}
     for number, (point, missing) in enumerate(todo):
         recipe = replace(results.recipe, learning_rates=missing)
         device = devices[number % len(devices)]
         folder = results.checkpoint(point)
-        futures[submit(Job(point, recipe, folder, device, deadline, threads))] = point
+        futures[submit(Job(point, recipe, folder, device, deadline, threads, fuse))] = point
     try:
         for future in as_completed(futures):
             point, rows = futures[future], future.result()

@@ -20,7 +20,7 @@ from based.recall.config import Point, Recipe
 from based.recall.data import data_of
 from based.recall.lanes import Lanes
 from based.recall.mqar import Segment
-from based.recall.steps import stepper
+from based.recall.steps import Stepper, stepper, train_step
 
 # Tokens evaluated together.
 TEST_TOKENS = {"cuda": 1 << 16, "cpu": 1 << 13}
@@ -55,12 +55,21 @@ class History:
 
 
 class PointTrainer:
-    """A point in training; `train` goes on until it is done or time is up."""
+    """A point in training; `train` goes on until it is done or time is up.
+
+    With `fuse` its steps are compiled, on a GPU alone: see `steps.fused`.
+    """
 
     def __init__(
-        self, point: Point, recipe: Recipe, device: torch.device, folder: Path | None = None
+        self,
+        point: Point,
+        recipe: Recipe,
+        device: torch.device,
+        folder: Path | None = None,
+        fuse: bool = False,
     ) -> None:
         self.point, self.recipe, self.device, self._folder = point, recipe, device, folder
+        self._fuse = fuse
         _set_products(recipe)
         model = build_model(point, recipe).to(device)
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -70,13 +79,19 @@ class PointTrainer:
         self.epoch = 0
         if folder is not None and (folder / "state.pt").exists():
             self._restore(folder / "state.pt")
-        self._step = stepper(self.lanes)
+        self._prepare()
         self._saved = time.monotonic()
 
     @property
     def done(self) -> bool:
         """Whether every learning rate has come to its end."""
-        return not self.lanes.peaks
+        return not self._running
+
+    @property
+    def _running(self) -> list[int]:
+        """Lanes that have not come to their end."""
+        peaks = enumerate(self.lanes.peaks)
+        return [lane for lane, rate in peaks if self.histories[rate].status == "running"]
 
     def train(
         self, deadline: float = float("inf"), on_epoch: OnEpoch | None = None
@@ -118,6 +133,7 @@ class PointTrainer:
                 "state_bytes": self.lanes.model.state_bytes(self.recipe.length),
                 "paper_bytes": paper_bytes(self.point, self.recipe.length),
                 "stacked": self.lanes.stacked,
+                "fused": getattr(self._step, "fuses", False),
             }
             for rate, history in self.histories.items()
         ]
@@ -150,6 +166,11 @@ class PointTrainer:
         for name, tensor in self.lanes.tensors().items():
             tensor.copy_(saved["lanes"][name])
 
+    def _prepare(self) -> None:
+        # Graphs that were recorded before give their memory back first.
+        self._step: Stepper = train_step
+        self._step = stepper(self.lanes, self._fuse, self.recipe.batch_size)
+
     def _train_epoch(self, batches: Any) -> None:
         # Dropout is a function of the epoch, so that a run that was put aside goes on alike.
         torch.manual_seed(self.point.seed + 7919 * self.epoch)
@@ -161,20 +182,19 @@ class PointTrainer:
             self._step(self.lanes, batch)
             steps += 1
         losses = (self.lanes.losses / steps).tolist()
-        for rate, loss in zip(self.lanes.peaks, losses, strict=True):
-            self.histories[rate].loss = loss
+        for lane in self._running:
+            self.histories[self.lanes.peaks[lane]].loss = losses[lane]
         self.epoch += 1
 
     def _judge(self, test: list[Segment], began: float) -> None:
-        """Tests every lane, and ends those that have come to their end."""
-        accuracies = evaluate(self.lanes, test).tolist()
+        """Tests every running lane, and ends those that have come to their end."""
+        lanes = self._running
+        accuracies = evaluate(self.lanes, lanes, test).tolist()
         means = [sum(by_task) / len(by_task) for by_task in accuracies]
         dropped = hopeless(means, self.epoch, self.recipe)
         share = (time.monotonic() - began) / len(means)
-        for rate, mean, by_task, drop in zip(
-            self.lanes.peaks, means, accuracies, dropped, strict=True
-        ):
-            history = self.histories[rate]
+        for lane, mean, by_task, drop in zip(lanes, means, accuracies, dropped, strict=True):
+            history = self.histories[self.lanes.peaks[lane]]
             history.accuracies.append(mean)
             history.by_task = by_task
             history.seconds += share
@@ -186,12 +206,14 @@ class PointTrainer:
                 history.status = "done"
             elif drop and self.recipe.drop_hopeless:
                 history.status = "dropped"
-        going = [
-            i for i, rate in enumerate(self.lanes.peaks) if self.histories[rate].status == "running"
-        ]
-        if len(going) < len(means):
-            self.lanes.keep(going)
-            self._step = stepper(self.lanes)
+        self._shrink()
+
+    def _shrink(self) -> None:
+        """Leaves out ended lanes; where steps were compiled for all, only once half have ended."""
+        running, lanes = self._running, len(self.lanes.peaks)
+        if running and len(running) < lanes and (not self._fuse or 2 * len(running) <= lanes):
+            self.lanes.keep(running)
+            self._prepare()
 
 
 def describe(point: Point, recipe: Recipe) -> dict[str, Any]:
@@ -208,12 +230,12 @@ def describe(point: Point, recipe: Recipe) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def evaluate(lanes: Lanes, test: Sequence[Segment]) -> Float[Tensor, "M S"]:
-    """Share of queries answered right, a lane and a test segment at a time."""
+def evaluate(lanes: Lanes, which: Sequence[int], test: Sequence[Segment]) -> Float[Tensor, "M S"]:
+    """Share of queries that some of the lanes answer right, a test segment at a time."""
     model = lanes.model.eval()
     size = TEST_TOKENS[lanes.flat.device.type]
     rows = []
-    for lane in range(len(lanes.peaks)):
+    for lane in which:
         own = lanes.alone(lane)
         for part in test:
             right = torch.zeros((), device=part.tokens.device)
@@ -222,7 +244,7 @@ def evaluate(lanes: Lanes, test: Sequence[Segment]) -> Float[Tensor, "M S"]:
                 guess = (hidden @ own["embedding.weight"].T).argmax(-1)
                 right += (guess == batch.answers).sum()
             rows.append(right / part.answers.numel())
-    return torch.stack(rows).unflatten(0, (len(lanes.peaks), len(test)))
+    return torch.stack(rows).unflatten(0, (len(which), len(test)))
 
 
 def _set_products(recipe: Recipe) -> None:

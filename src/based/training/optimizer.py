@@ -5,13 +5,19 @@ import math
 import torch
 from torch import nn
 
+from based.mixers import Mixer
 from based.training.config import TrainConfig
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW; weight decay on tensors of two axes and more, so none on norms and biases."""
-    decayed = [p for p in model.parameters() if p.dim() >= 2]
-    others = [p for p in model.parameters() if p.dim() < 2]
+    """AdamW; weight decay on tensors of two axes and more, so none on norms and biases.
+
+    Nor on what a mixer names as `undecayed`: Mamba's decay rates, for one.
+    """
+    mixers = (module for module in model.modules() if isinstance(module, Mixer))
+    exempt = {id(getattr(mixer, name)) for mixer in mixers for name in mixer.undecayed}
+    decayed = [p for p in model.parameters() if p.dim() >= 2 and id(p) not in exempt]
+    others = [p for p in model.parameters() if p.dim() < 2 or id(p) in exempt]
     groups = [
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": others, "weight_decay": 0.0},

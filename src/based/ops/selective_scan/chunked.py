@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from based.ops.chunks import chunk_of
-from based.ops.lanes import in_lanes, lanes_as_rows
+from based.ops.lanes import lanes_as_rows
 from based.ops.peers import peer_kernel
 from based.ops.precision import state_dtype, without_autocast
 
@@ -41,7 +41,7 @@ def selective_scan(
     # mamba-ssm's kernel cannot begin with a state.
     module, dtypes = "mamba_ssm.ops.selective_scan_interface", (torch.float32,)
     kernel = peer_kernel(module, "selective_scan_fn", x, dtypes)
-    if kernel is not None and state is None and T and not in_lanes():
+    if kernel is not None and state is None and T:
         u, delta, b, c = (y.mT.contiguous() for y in (x, delta, b, c))
         out, last = kernel(u, delta, A, b, c, return_last_state=True)
         return out.mT.to(out_dtype), last

@@ -35,16 +35,7 @@ class _Scan(torch.autograd.Function):
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, x: Tensor, delta: Tensor, A: Tensor, b: Tensor, c: Tensor, state: Tensor
     ) -> tuple[Tensor, Tensor]:
-        (B, T, D), N = x.shape, A.shape[2]
-        y, last = torch.empty_like(x), torch.empty_like(state)
-        marks = x.new_empty(B, -(-T // CHUNK), D, N)
-        _forward[(B, triton.cdiv(D, CHANNELS))](
-            *(x, delta, A, b, c, state, y, last, marks, T, D, N),
-            CHUNK=CHUNK,
-            BLOCK_D=CHANNELS,
-            BLOCK_N=triton.next_power_of_2(N),
-            num_warps=1,  # pyright: ignore[reportCallIssue]
-        )
+        y, last, marks = _scan(x, delta, A, b, c, state)
         ctx.save_for_backward(x, delta, A, b, c, marks)
         return y, last
 
@@ -53,22 +44,81 @@ class _Scan(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, dy: Tensor, d_last: Tensor
     ) -> tuple[Tensor, ...]:
-        x, delta, A, b, c, marks = ctx.saved_tensors
-        (B, T, D), N = x.shape, A.shape[2]
-        blocks = triton.cdiv(D, CHANNELS)
-        dx, d_delta, dA, d_state = (torch.empty_like(y) for y in (x, delta, A, A))
-        # Sums over channels: a part from every block of them.
-        db, dc = (x.new_empty(blocks, B, T, N) for _ in range(2))
-        scratch = x.new_empty(B, CHUNK, D, N)
-        _backward[(B, blocks)](
-            *(x, delta, A, b, c, marks, dy.contiguous(), d_last.contiguous()),
-            *(dx, d_delta, dA, db, dc, d_state, scratch, T, D, N),
-            CHUNK=CHUNK,
-            BLOCK_D=CHANNELS,
-            BLOCK_N=triton.next_power_of_2(N),
-            num_warps=1,  # pyright: ignore[reportCallIssue]
+        *gradients, db, dc, d_state = _scan_backward(
+            *ctx.saved_tensors, dy.contiguous(), d_last.contiguous()
         )
-        return dx, d_delta, dA, db.sum(0), dc.sum(0), d_state
+        return *gradients, db.sum(0), dc.sum(0), d_state
+
+
+# Operators, so that `torch.compile` takes the launches as they are.
+@torch.library.custom_op("based::selective_scan", mutates_args=())
+def _scan(
+    x: Tensor, delta: Tensor, A: Tensor, b: Tensor, c: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Outputs, final state, and the state before every chunk."""
+    (B, T, D), N = x.shape, A.shape[2]
+    y, last, marks = _scan_fake(x, delta, A, b, c, state)
+    _forward[(B, triton.cdiv(D, CHANNELS))](
+        *(x, delta, A, b, c, state, y, last, marks, T, D, N),
+        CHUNK=CHUNK,
+        BLOCK_D=CHANNELS,
+        **_sizes(N),
+    )
+    return y, last, marks
+
+
+@_scan.register_fake
+def _scan_fake(
+    x: Tensor, delta: Tensor, A: Tensor, b: Tensor, c: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    marks = x.new_empty(x.shape[0], -(-x.shape[1] // CHUNK), *A.shape[1:])
+    return torch.empty_like(x), torch.empty_like(state), marks
+
+
+@torch.library.custom_op("based::selective_scan_backward", mutates_args=())
+def _scan_backward(
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    b: Tensor,
+    c: Tensor,
+    marks: Tensor,
+    dy: Tensor,
+    d_last: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, delta, A, b, c and state; of b and c a part from every block of channels."""
+    (B, T, D), N = x.shape, A.shape[2]
+    gradients = _scan_backward_fake(x, delta, A, b, c, marks, dy, d_last)
+    _backward[(B, triton.cdiv(D, CHANNELS))](
+        *(x, delta, A, b, c, marks, dy, d_last),
+        *(*gradients, x.new_empty(B, CHUNK, D, N), T, D, N),
+        CHUNK=CHUNK,
+        BLOCK_D=CHANNELS,
+        **_sizes(N),
+    )
+    return gradients
+
+
+@_scan_backward.register_fake
+def _scan_backward_fake(
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    b: Tensor,
+    c: Tensor,
+    marks: Tensor,
+    dy: Tensor,
+    d_last: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    parts = (triton.cdiv(x.shape[2], CHANNELS), *b.shape)
+    wide = (torch.empty_like(tensor) for tensor in (x, delta, A))
+    return *wide, x.new_empty(parts), x.new_empty(parts), torch.empty_like(A)  # pyright: ignore[reportReturnType]
+
+
+def _sizes(N: int) -> dict[str, int]:
+    """States a warp holds: more of them would not fit its registers in the backward pass."""
+    block = triton.next_power_of_2(N)
+    return {"BLOCK_N": block, "num_warps": max(1, block // 8)}
 
 
 @triton.jit

@@ -32,6 +32,36 @@ def stacked_cross_entropy(
     return _StackedCrossEntropy.apply(hidden, head, answers, products or hidden.dtype)
 
 
+@torch.library.custom_op("based::stacked_cross_entropy", mutates_args=())
+def _with_gradients(
+    hidden: Tensor, head: Tensor, answers: Tensor, products: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses [M], and their gradients for hidden and head; opaque to `torch.compile`."""
+    models, queries, _ = hidden.shape
+    size = max(1, CHUNK_ELEMENTS // (models * head.shape[1]))
+    weight = head.to(products)
+    total = hidden.new_zeros(models)
+    d_hidden, d_head = torch.empty_like(hidden), torch.zeros_like(head)
+    for first in range(0, queries, size):
+        part = slice(first, first + size)
+        x = hidden[:, part].to(products)
+        logits = x @ weight.mT
+        total += softmax_gradient_(logits, answers[part], 1 / queries)
+        d_hidden[:, part] = logits @ weight
+        if products == head.dtype:
+            d_head.baddbmm_(logits.mT, x)
+        else:
+            d_head += logits.mT @ x
+    return total / queries, d_hidden, d_head
+
+
+@_with_gradients.register_fake
+def _with_gradients_fake(
+    hidden: Tensor, head: Tensor, answers: Tensor, products: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    return hidden.new_empty(hidden.shape[0]), torch.empty_like(hidden), torch.empty_like(head)
+
+
 class _StackedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -41,23 +71,9 @@ class _StackedCrossEntropy(torch.autograd.Function):
         answers: Int[Tensor, " Q"],
         products: torch.dtype,
     ) -> Float[Tensor, " M"]:
-        models, queries, _ = hidden.shape
-        size = max(1, CHUNK_ELEMENTS // (models * head.shape[1]))
-        weight = head.to(products)
-        total = hidden.new_zeros(models)
-        d_hidden, d_head = torch.empty_like(hidden), torch.zeros_like(head)
-        for first in range(0, queries, size):
-            part = slice(first, first + size)
-            x = hidden[:, part].to(products)
-            logits = x @ weight.mT
-            total += softmax_gradient_(logits, answers[part], 1 / queries)
-            d_hidden[:, part] = logits @ weight
-            if products == head.dtype:
-                d_head.baddbmm_(logits.mT, x)
-            else:
-                d_head += logits.mT @ x
-        ctx.save_for_backward(d_hidden, d_head)
-        return total / queries
+        losses, *gradients = _with_gradients(hidden, head, answers, products)
+        ctx.save_for_backward(*gradients)
+        return losses
 
     @staticmethod
     @once_differentiable

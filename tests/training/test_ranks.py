@@ -72,15 +72,16 @@ def job(config: TrainConfig, folder: Path, variants: dict) -> list[str]:
     join_job("cpu")
     for name, change in variants.items():
         train(replace(config, **change), folder / name)
-    # Stopped by its own wish, which only rank 1 has, it goes on bit for bit.
+    # Stopped by a wish that only rank 1 has, and only after a step, it goes on bit for bit.
     recorder = Recorder()
     trainer = Trainer(config, folder / "again", recorder, CPU)
     advance = trainer.advance
-    trainer.advance = lambda: (setattr(trainer, "stop_requested", wish()), advance())[1]
 
-    def wish() -> bool:
-        return trainer.step == 2 and trainer.ranks.rank == 1
+    def wishing_advance() -> None:
+        advance()
+        trainer.stop_requested = trainer.step == 2 and trainer.ranks.rank == 1
 
+    trainer.advance = wishing_advance
     assert trainer.train() is None
     train(config, folder / "again")
     # Another number of ranks goes on from one rank's checkpoint.

@@ -7,6 +7,7 @@ what it remembers between calls is a `DecoderState`, one mixer state a layer.
 from __future__ import annotations
 
 import torch
+import torch._dynamo.config
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -147,6 +148,18 @@ class Decoder(nn.Module):
                 nn.init.normal_(module.weight, std=std * scale)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
+
+    def compile_blocks(self) -> None:
+        """From now on blocks run compiled (torch.compile), in the parallel form alone.
+
+        Blocks of one kind share what is compiled, once for each shape of input: for
+        training, and for prompts that come in few shapes.
+        """
+        kinds = len(set(self.config.mixers))
+        limit = torch._dynamo.config.recompile_limit
+        torch._dynamo.config.recompile_limit = max(limit, 16 * kinds)
+        for block in self.blocks:
+            block.compile(dynamic=False)
 
     @property
     def device(self) -> torch.device:

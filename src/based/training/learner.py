@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch._dynamo.config
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
@@ -59,7 +58,7 @@ class Learner:
             self.shard = split_sequences(self.model, ranks.context_group)
         self.model.recompute = config.recompute
         if config.compile:
-            _compile_blocks(self.model)
+            self.model.compile_blocks()
         ranks.shard_weights(self.model, config.dtype(ranks.device))
         self.optimizer = build_optimizer(self.model, config)
 
@@ -162,15 +161,6 @@ class Learner:
     @property
     def _step_tokens(self) -> int:
         return self.config.batch_size * self.config.length
-
-
-def _compile_blocks(model: Decoder) -> None:
-    """Blocks of one kind share what is compiled: once a kind, for training and evaluation."""
-    kinds = len(set(model.config.mixers))
-    limit = torch._dynamo.config.recompile_limit
-    torch._dynamo.config.recompile_limit = max(limit, 8 * kinds)
-    for block in model.blocks:
-        block.compile(dynamic=False)
 
 
 def _check_segments(model: Decoder, config: TrainConfig) -> None:

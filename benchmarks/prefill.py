@@ -2,9 +2,9 @@
 
 `python -m benchmarks.prefill`. Random weights and tokens in bfloat16, blocks compiled
 (`Decoder.compile_blocks`), as many prompts at once as make 65,536 tokens; from the
-prompt to the logits of its next token, and for Based and Mamba to the state that
-decoding goes on from. Transformers keep no cache here, which favours them, and have
-whichever attention is faster (FlashAttention-2 or cuDNN, timed first); Mamba has
+prompt to the logits of its next token, and for Based to the state that decoding goes on
+from; the others leave neither cache nor state, which favours them. Transformers have
+whichever attention is faster (FlashAttention-2 or cuDNN, timed first), Mamba has
 mamba-ssm's kernels where they are installed. The floor is the matrix products at this
 GPU's own rate, then with them the inputs and outputs of every linear layer, moved once.
 """
@@ -108,22 +108,23 @@ def measure(options: Options, model: str) -> None:
             return
         batch = max(1, options.tokens // length)
         with best_attention(net.config, length, device, backward=False) as backend:
-            row = timed(options, net, batch, length)
+            row = timed(options, net, batch, length, with_state="based" in model)
         row |= {"attention": backend, **floor(net, batch * length, length, device)}
         row["kernels"] = "mamba-ssm" if "mamba" in model and find_spec("mamba_ssm") else "based"
         pieces.write(options.out, NAME, {"model": model, "length": length, **row})
         speed = row["tokens_per_second"]
         Console().print(f"{model} at {batch} x {length:,}: {speed:,.0f} tokens/s")
-        gc.collect()
 
 
-def timed(options: Options, net: Decoder, batch: int, length: int) -> Row:
+def timed(options: Options, net: Decoder, batch: int, length: int, with_state: bool) -> Row:
     """Median of several; its time by kind on a GPU."""
+    gc.collect()
+    if net.device.type == "cuda":
+        torch.cuda.empty_cache()
     tokens = torch.randint(net.config.vocab_size, (batch, length), device=net.device)
-    fixed = all(mixer.fixed_state for mixer in net.mixers())
 
     def read() -> object:
-        if fixed:
+        if with_state:
             return prefill(net, tokens, net.init_state(batch), chunk=length)
         return net.logits(net.hidden(tokens)[0][:, -1])
 

@@ -129,8 +129,6 @@ def first_that_fits(options: Options, model: str, length: int, device: torch.dev
             return timed(options, model, length, sequences, recompute, device)
         except torch.OutOfMemoryError:
             Console().print(f"{model} at {length:,}: {sequences} sequences do not fit")
-        gc.collect()
-        torch.cuda.empty_cache()
     raise torch.OutOfMemoryError(f"{model} at {length} fits in no way that was tried")
 
 
@@ -164,7 +162,11 @@ def timed(
     device: torch.device,
 ) -> Row:
     """Median step of several; its time by kind on a GPU."""
+    # What the length before left behind, cycles and all.
     torch.compiler.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     build = llama_step if model in TWINS else our_step
     batch = max(sequences, options.step_tokens // length)
     began = time.perf_counter()
@@ -295,7 +297,9 @@ def show(console: Console, rows: list[Row]) -> None:
         "model", "length", "tokens/s", "of peak", "memory", "of its speed at the shortest"
     )
     first: dict[str, float] = {}
-    for row in sorted(rows, key=lambda row: [*MODELS, row["model"]].index(row["model"])):
+    order = {model: number for number, model in enumerate(MODELS)}
+    rows = sorted(rows, key=lambda row: (order.get(row["model"], 99), row["length"]))
+    for row in rows:
         speed = row["tokens_per_second"]
         base = first.setdefault(row["model"], speed)
         share, memory = row["peak_share"], row["memory_bytes"]

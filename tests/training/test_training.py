@@ -207,6 +207,13 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(config, tmp_path, monkeypatc
     assert train(config, run).messages == ["going on from the checkpoint of step 4"]
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is always full")
+def test_a_full_disk_is_one_line_where_metrics_are_written_too(tmp_path) -> None:
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(BasedError, match=r"could not save .*metrics.jsonl: the disk is full"):
+        MetricsLog(tmp_path / "metrics.jsonl").append(step=1, loss=2.0)
+
+
 @pytest.mark.parametrize("lag", [0, 1])
 def test_nothing_of_a_step_of_infinite_loss_is_saved(config, tmp_path, monkeypatch, lag) -> None:
     run, config = tmp_path / "run", replace(config, evaluate_every=100)

@@ -144,7 +144,9 @@ def needed(
     config = config_of(options, model, length, sequences, recompute)
     plan = make_plan(config, 1, device)
     kept = plan.activation_bytes * (0.55 if options.compile and not recompute else 1)
-    return 1.1 * (plan.optimiser_bytes + plan.gathered_bytes + kept)
+    # Hugging Face's Llama has all logits at once, and their gradient, in both precisions.
+    logits = 12 * sequences * length * shape_of(model).vocab_size if model in TWINS else 0
+    return 1.1 * (plan.optimiser_bytes + plan.gathered_bytes + kept + logits)
 
 
 def memory_of(device: torch.device) -> float:

@@ -152,7 +152,7 @@ class Trainer:
                     f"nothing of that step is saved, and the checkpoint of step "
                     f"{self._saved_step} is kept: try a lower learning rate or stronger clipping"
                 )
-            self._stopping = wishes > 0
+            self._stopping |= wishes > 0
             step = self._measured(flying, loss, norm)
             self._log(**{name: value for name, value in vars(step).items() if value is not None})
             if self.ranks.rank == 0:

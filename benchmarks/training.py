@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import tyro
@@ -77,6 +77,20 @@ class Options:
 Step = Callable[[], object]
 
 
+class Case(NamedTuple):
+    """One way to compute a step."""
+
+    model: str
+    length: int
+    sequences: int
+    """Computed at a time."""
+    recompute: bool
+
+    def batch(self, options: Options) -> int:
+        """Sequences of a step."""
+        return max(self.sequences, options.step_tokens // self.length)
+
+
 def main(options: Options) -> None:
     """Measures what is missing, a model a process, then shows all of this device."""
     console = Console()
@@ -123,29 +137,23 @@ def first_that_fits(options: Options, model: str, length: int, device: torch.dev
     """Times the first of the plans that memory suffices for, by estimate and in truth."""
     for tokens, recompute in PLANS:
         sequences = max(1, min(tokens, options.step_tokens) // length)
-        if needed(options, model, length, sequences, recompute, device) > memory_of(device):
+        case = Case(model, length, sequences, recompute)
+        if needed(options, case, device) > memory_of(device):
             continue
         try:
-            return timed(options, model, length, sequences, recompute, device)
+            return timed(options, case, device)
         except torch.OutOfMemoryError:
             Console().print(f"{model} at {length:,}: {sequences} sequences do not fit")
     raise torch.OutOfMemoryError(f"{model} at {length} fits in no way that was tried")
 
 
-def needed(
-    options: Options,
-    model: str,
-    length: int,
-    sequences: int,
-    recompute: bool,
-    device: torch.device,
-) -> float:
+def needed(options: Options, case: Case, device: torch.device) -> float:
     """Bytes that a step should take; compiled blocks keep about half of what eager ones do."""
-    config = config_of(options, model, length, sequences, recompute)
-    plan = make_plan(config, 1, device)
-    kept = plan.activation_bytes * (0.55 if options.compile and not recompute else 1)
+    plan = make_plan(config_of(options, case), 1, device)
+    kept = plan.activation_bytes * (0.55 if options.compile and not case.recompute else 1)
     # Hugging Face's Llama has all logits at once, and their gradient, in both precisions.
-    logits = 12 * sequences * length * shape_of(model).vocab_size if model in TWINS else 0
+    tokens = case.sequences * case.length if case.model in TWINS else 0
+    logits = 12 * tokens * shape_of(case.model).vocab_size
     return 1.1 * (plan.optimiser_bytes + plan.gathered_bytes + kept + logits)
 
 
@@ -155,24 +163,15 @@ def memory_of(device: torch.device) -> float:
     return torch.cuda.get_device_properties(device).total_memory
 
 
-def timed(
-    options: Options,
-    model: str,
-    length: int,
-    sequences: int,
-    recompute: bool,
-    device: torch.device,
-) -> Row:
+def timed(options: Options, case: Case, device: torch.device) -> Row:
     """Median step of several; its time by kind on a GPU."""
     # What the length before left behind, cycles and all.
     torch.compiler.reset()
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    build = llama_step if model in TWINS else our_step
-    batch = max(sequences, options.step_tokens // length)
     began = time.perf_counter()
-    step = build(options, model, length, sequences, recompute, device)
+    step = (llama_step if case.model in TWINS else our_step)(options, case, device)
     for _ in range(2):
         step()
     synchronise(device)
@@ -185,14 +184,15 @@ def timed(
         step()
         synchronise(device)
         times.append(time.perf_counter() - began)
+    tokens = case.batch(options) * case.length
     return {
-        "tokens_per_second": batch * length / statistics.median(times),
-        "slowest": batch * length / max(times),
-        "fastest": batch * length / min(times),
-        "micro_batch": sequences,
-        "recompute": recompute,
+        "tokens_per_second": tokens / statistics.median(times),
+        "slowest": tokens / max(times),
+        "fastest": tokens / min(times),
+        "micro_batch": case.sequences,
+        "recompute": case.recompute,
         "compiled": options.compile,
-        "step_tokens": batch * length,
+        "step_tokens": tokens,
         "warmup_seconds": warmup,
         "memory_bytes": peak_memory(device),
         "milliseconds": 1e3 * statistics.median(times),
@@ -200,19 +200,11 @@ def timed(
     }
 
 
-def our_step(
-    options: Options,
-    model: str,
-    length: int,
-    sequences: int,
-    recompute: bool,
-    device: torch.device,
-) -> Step:
+def our_step(options: Options, case: Case, device: torch.device) -> Step:
     """A step of the trainer's own learner."""
-    config = config_of(options, model, length, sequences, recompute)
-    shape = shape_of(model)
+    config, shape = config_of(options, case), shape_of(case.model)
     learner = Learner(shape, config, Ranks(device))
-    rows = torch.randint(shape.vocab_size, (config.batch_size, length + 1))
+    rows = torch.randint(shape.vocab_size, (config.batch_size, case.length + 1))
 
     def step() -> None:
         learner.gradients(rows)
@@ -221,33 +213,24 @@ def our_step(
     return step
 
 
-def config_of(
-    options: Options, model: str, length: int, sequences: int, recompute: bool
-) -> TrainConfig:
+def config_of(options: Options, case: Case) -> TrainConfig:
     return TrainConfig(
         data=Path("synthetic"),
-        preset=TWINS.get(model, model),
-        batch_size=max(sequences, options.step_tokens // length),
-        micro_batch=sequences,
-        length=length,
+        preset=TWINS.get(case.model, case.model),
+        batch_size=case.batch(options),
+        micro_batch=case.sequences,
+        length=case.length,
         learning_rate=1e-4,
-        recompute=recompute,
+        recompute=case.recompute,
         compile=options.compile,
     )
 
 
-def llama_step(
-    options: Options,
-    model: str,
-    length: int,
-    sequences: int,
-    recompute: bool,
-    device: torch.device,
-) -> Step:
+def llama_step(options: Options, case: Case, device: torch.device) -> Step:
     """Hugging Face's Llama as its users train it: bfloat16 weights, SDPA, fused AdamW."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    shape = shape_of(model)
+    shape = shape_of(case.model)
     (attention,) = shape.mixer_options.values()
     config: Any = LlamaConfig(
         vocab_size=shape.vocab_size,
@@ -260,17 +243,17 @@ def llama_step(
     )
     build: Any = LlamaForCausalLM._from_config
     net = build(config, attn_implementation="sdpa").to(device=device, dtype=torch.bfloat16)
-    if recompute:
+    if case.recompute:
         older = net.gradient_checkpointing_enable
         getattr(net, "activation_checkpointing_enable", older)()
     if options.compile:
         net.compile()
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True)
-    batch = max(sequences, options.step_tokens // length)
-    rows = torch.randint(shape.vocab_size, (batch, length), device=device)
+    batch = case.batch(options)
+    rows = torch.randint(shape.vocab_size, (batch, case.length), device=device)
 
     def step() -> None:
-        for part in rows.split(sequences):
+        for part in rows.split(case.sequences):
             (net(input_ids=part, labels=part).loss * len(part) / batch).backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()

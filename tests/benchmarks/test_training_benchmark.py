@@ -10,7 +10,7 @@ from rich.console import Console
 from based.models.accounting import skeleton, training_flops
 from benchmarks import pieces, training
 from benchmarks.profile import by_kind, kind_of
-from benchmarks.training import Options
+from benchmarks.training import Case, Options
 
 
 @pytest.fixture
@@ -58,23 +58,24 @@ def test_what_will_not_fit_is_not_tried(options, monkeypatch) -> None:
 
     def first(model: str, length: int) -> tuple[int, bool]:
         tried = []
-        monkeypatch.setattr(training, "timed", lambda *a: tried.append(a[3:5]) or {"a": 1})
+        monkeypatch.setattr(training, "timed", lambda *a: tried.append(a[1][2:]) or {"a": 1})
         training.first_that_fits(options, model, length, gpu)
         return tried[0]
 
     assert first("based-1.3b", 2048) == (8, False)
     assert first("based-360m", 2048) == (16, False)
     assert first("based-1.3b", 32768) == (1, True)
-    plans = [training.needed(options, "based-1.3b", 2048, n, False, gpu) for n in (8, 16)]
+    cases = [Case("based-1.3b", 2048, n, False) for n in (8, 16)]
+    plans = [training.needed(options, case, gpu) for case in cases]
     assert 60e9 < plans[0] < plans[1] < 140e9
 
 
 def test_memory_that_does_not_suffice_makes_the_step_smaller(options, monkeypatch) -> None:
     tried = []
 
-    def timed(options, model, length, sequences, recompute, device):
-        tried.append((sequences, recompute))
-        if sequences > 1 or not recompute:
+    def timed(options, case, device):
+        tried.append(case[2:])
+        if case.sequences > 1 or not case.recompute:
             raise torch.OutOfMemoryError
         return {"tokens_per_second": 1.0}
 
@@ -86,8 +87,8 @@ def test_memory_that_does_not_suffice_makes_the_step_smaller(options, monkeypatc
 
 
 def test_the_llama_is_the_transformer_it_is_held_to(options) -> None:
-    step = training.llama_step(options, "hf-llama-tiny", 16, 2, True, torch.device("cpu"))
-    step()
+    case = Case("hf-llama-tiny", 16, sequences=2, recompute=True)
+    training.llama_step(options, case, torch.device("cpu"))()
     names = ("hf-llama-1.3b", "hf-llama-360m")
     sizes = [skeleton(training.shape_of(name)).num_parameters() for name in names]
     assert sizes == [pytest.approx(1.3e9, rel=0.05), pytest.approx(0.36e9, rel=0.01)]

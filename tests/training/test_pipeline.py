@@ -54,6 +54,41 @@ def test_a_step_is_launched_without_a_wait(precision) -> None:
     assert ranks.run(1, waits, precision) == [(0, 2)]
 
 
+class Casts(TorchDispatchMode):
+    """Counts casts of as many float32 numbers as a projection of the MLP has to bfloat16."""
+
+    def __init__(self, numel: int) -> None:
+        super().__init__()
+        self.numel, self.count = numel, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and args[0].dtype == torch.float32:
+            self.count += out.dtype == torch.bfloat16 and out.numel() == self.numel
+        return out
+
+
+def casts() -> list[int]:
+    """Of a step of one micro-batch, of two, and of four."""
+    found = []
+    for micro_batch in (4, 2, 1):
+        config = TrainConfig(
+            Path("synthetic"), batch_size=4, micro_batch=micro_batch, length=8, precision="bfloat16"
+        )
+        learner = Learner(SHAPE, config, Ranks(torch.device("cpu")))
+        assert learner.model.blocks[0].mlp.fc1.weight.dtype == torch.float32
+        with Casts(learner.model.blocks[0].mlp.fc1.weight.numel()) as seen:
+            learner.gradients(torch.randint(64, (4, 9)))
+        found.append(seen.count)
+    return found
+
+
+def test_weights_are_cast_once_a_step() -> None:
+    (found,) = ranks.run(1, casts)
+    # Four MLPs and two convolutions have a projection of that size.
+    assert found == [6] * 3
+
+
 class Recorded(Windows):
     """Windows that remember who read what."""
 

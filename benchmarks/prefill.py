@@ -4,9 +4,10 @@
 (`Decoder.compile_blocks`), as many prompts at once as make 65,536 tokens; from the
 prompt to the logits of its next token, and for Based to the state that decoding goes on
 from; the others leave neither cache nor state, which favours them. Transformers have
-whichever attention is faster (FlashAttention-2 or cuDNN, timed first), Mamba has
-mamba-ssm's kernels where they are installed. The floor is the matrix products at this
-GPU's own rate, then with them the inputs and outputs of every linear layer, moved once.
+whichever attention is faster (FlashAttention-2 or cuDNN, timed first); Mamba is
+mamba-ssm's own model where that is installed, and ours elsewhere. The floor is the
+matrix products at this GPU's own rate, then with them the inputs and outputs of every
+linear layer, moved once.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
@@ -31,6 +32,7 @@ from based.training.hardware import peak_memory
 from benchmarks import pieces
 from benchmarks.attention import best_attention
 from benchmarks.floors import copy_rate, matmul_rate
+from benchmarks.mamba import official_mamba
 from benchmarks.pieces import Row
 from benchmarks.profile import profiled
 from benchmarks.rows import RESULTS
@@ -97,56 +99,58 @@ def missing(options: Options, model: str) -> list[int]:
 @torch.no_grad()
 def measure(options: Options, model: str) -> None:
     """One row a length, written as soon as it is known."""
-    device, began = pick_device(options.device), time.monotonic()
-    on_gpu = device.type == "cuda"
+    device, began, shape = pick_device(options.device), time.monotonic(), preset(model)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     with device:
-        net = Decoder(preset(model)).to(torch.bfloat16 if on_gpu else torch.float32).eval()
-    if options.compile:
+        net = Decoder(shape).to(dtype).eval()
+    peer = official_mamba(shape, device, dtype)
+    if options.compile and peer is None:
         net.compile_blocks()
     for length in missing(options, model):
         if time.monotonic() - began > options.seconds:
             return
         batch = max(1, options.tokens // length)
-        with best_attention(net.config, length, device, backward=False) as backend:
-            row = timed(options, net, batch, length, with_state="based" in model)
+        with best_attention(shape, length, device, backward=False) as backend:
+            row = timed(options, reader(net, peer, batch, length), batch * length, device)
         row |= {"attention": backend, **floor(net, batch * length, length, device)}
-        row["kernels"] = "mamba-ssm" if "mamba" in model and find_spec("mamba_ssm") else "based"
+        row |= {"batch": batch, "kernels": "based" if peer is None else "mamba-ssm"}
+        row["compiled"] = options.compile and peer is None
         pieces.write(options.out, NAME, {"model": model, "length": length, **row})
         speed = row["tokens_per_second"]
         Console().print(f"{model} at {batch} x {length:,}: {speed:,.0f} tokens/s")
 
 
-def timed(options: Options, net: Decoder, batch: int, length: int, with_state: bool) -> Row:
-    """Median of several; its time by kind on a GPU."""
-    gc.collect()
-    if net.device.type == "cuda":
-        torch.cuda.empty_cache()
+def reader(net: Decoder, peer: Any, batch: int, length: int) -> Callable[[], object]:
+    """What is timed, from the prompts to the logits of their next tokens."""
     tokens = torch.randint(net.config.vocab_size, (batch, length), device=net.device)
+    if peer is not None:
+        return lambda: peer(tokens, num_last_tokens=1).logits
+    if "taylor_linear_attention" in net.config.mixers:
+        return lambda: prefill(net, tokens, net.init_state(batch), chunk=length)
+    return lambda: net.logits(net.hidden(tokens)[0][:, -1])
 
-    def read() -> object:
-        if with_state:
-            return prefill(net, tokens, net.init_state(batch), chunk=length)
-        return net.logits(net.hidden(tokens)[0][:, -1])
 
+def timed(options: Options, read: Callable[[], object], count: int, device: torch.device) -> Row:
+    """Median of several readings of `count` tokens; their time by kind on a GPU."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     began = time.perf_counter()
     for _ in range(2):
         read()
-    synchronise(net.device)
+    synchronise(device)
     warmup = time.perf_counter() - began
-    if net.device.type == "cuda":
+    if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    seconds = sorted(seconds_of(read, net.device) for _ in range(options.repeats))
-    count = batch * length
+    seconds = sorted(seconds_of(read, device) for _ in range(options.repeats))
     return {
-        "batch": batch,
         "tokens_per_second": count / seconds[len(seconds) // 2],
         "slowest": count / seconds[-1],
         "fastest": count / seconds[0],
         "milliseconds": 1e3 * seconds[len(seconds) // 2],
-        "compiled": options.compile,
         "warmup_seconds": warmup,
-        "memory_bytes": peak_memory(net.device),
-        "by_kind": profiled(read) if net.device.type == "cuda" else None,
+        "memory_bytes": peak_memory(device),
+        "by_kind": profiled(read) if device.type == "cuda" else None,
     }
 
 

@@ -3,9 +3,10 @@
 `python -m benchmarks.training`. Synthetic tokens, bfloat16 over float32 weights,
 compiled, an AdamW step every 65,536 tokens: our models, the Transformer++ of the same
 size in the same trainer with whichever attention is faster (FlashAttention-2 or cuDNN,
-timed first) and Mamba; and Hugging Face's Llama of that size, compiled whole, with
-bfloat16 weights. A (model, length) is measured once: the command can be stopped, and
-goes on where it was; without its row in training.jsonl it is measured again.
+timed first), and Mamba; with bfloat16 weights, as they come, mamba-ssm's Mamba instead of
+ours where it is installed, and Hugging Face's Llama, compiled whole. A (model, length) is
+measured once: the command can be stopped, and goes on where it was; without its row in
+training.jsonl it is measured again.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor, nn
 
 from based.models import PRESETS, DecoderConfig, preset
 from based.models.accounting import skeleton, training_flops
 from based.models.device import pick_device
+from based.ops.linear_cross_entropy import linear_cross_entropy
 from based.training.config import TrainConfig
 from based.training.hardware import peak_flops, peak_memory
 from based.training.learner import Learner
@@ -33,6 +36,7 @@ from based.training.parallel import Ranks
 from based.training.plan import make_plan
 from benchmarks import pieces
 from benchmarks.attention import best_attention
+from benchmarks.mamba import official_mamba
 from benchmarks.pieces import Row
 from benchmarks.profile import profiled
 from benchmarks.rows import RESULTS
@@ -171,7 +175,11 @@ def timed(options: Options, case: Case, device: torch.device) -> Row:
     if device.type == "cuda":
         torch.cuda.empty_cache()
     began = time.perf_counter()
-    step = (llama_step if case.model in TWINS else our_step)(options, case, device)
+    peer = official_mamba(shape_of(case.model), device, torch.bfloat16)
+    if peer is not None:
+        step = mamba_step(options, case, device, peer)
+    else:
+        step = (llama_step if case.model in TWINS else our_step)(options, case, device)
     for _ in range(2):
         step()
     synchronise(device)
@@ -191,7 +199,8 @@ def timed(options: Options, case: Case, device: torch.device) -> Row:
         "fastest": tokens / min(times),
         "micro_batch": case.sequences,
         "recompute": case.recompute,
-        "compiled": options.compile,
+        "compiled": options.compile and peer is None,
+        "kernels": "based" if peer is None else "mamba-ssm",
         "step_tokens": tokens,
         "warmup_seconds": warmup,
         "memory_bytes": peak_memory(device),
@@ -248,13 +257,32 @@ def llama_step(options: Options, case: Case, device: torch.device) -> Step:
         getattr(net, "activation_checkpointing_enable", older)()
     if options.compile:
         net.compile()
+    rows = torch.randint(shape.vocab_size, (case.batch(options), case.length), device=device)
+    return plain_step(net, lambda part: net(input_ids=part, labels=part).loss, rows, case)
+
+
+def mamba_step(options: Options, case: Case, device: torch.device, net: Any) -> Step:
+    """mamba-ssm's model with the same weights and optimiser, and our head's loss."""
+    size = case.batch(options), case.length + 1
+    rows = torch.randint(shape_of(case.model).vocab_size, size, device=device)
+
+    def mean_loss(part: Tensor) -> Tensor:
+        hidden = net.backbone(part[:, :-1]).flatten(0, 1)
+        total, _ = linear_cross_entropy(hidden, net.lm_head.weight, part[:, 1:].flatten())
+        return total / len(hidden)
+
+    return plain_step(net, mean_loss, rows, case)
+
+
+def plain_step(
+    net: nn.Module, mean_loss: Callable[[Tensor], Tensor], rows: Tensor, case: Case
+) -> Step:
+    """A step in the weights' own dtype: micro-batches, clipping, fused AdamW."""
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True)
-    batch = case.batch(options)
-    rows = torch.randint(shape.vocab_size, (batch, case.length), device=device)
 
     def step() -> None:
         for part in rows.split(case.sequences):
-            (net(input_ids=part, labels=part).loss * len(part) / batch).backward()
+            (mean_loss(part) * len(part) / len(rows)).backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -7,7 +7,6 @@ what it remembers between calls is a `DecoderState`, one mixer state a layer.
 from __future__ import annotations
 
 import torch
-import torch._dynamo.config
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -18,6 +17,7 @@ from based.mixers.packing import Packing
 from based.models.config import DecoderConfig
 from based.ops.elementwise import add_rms_norm, swiglu
 from based.ops.linear_cross_entropy import linear_cross_entropy
+from based.ops.rotary import frequencies_on
 
 
 class DecoderState(list[State]):
@@ -155,6 +155,9 @@ class Decoder(nn.Module):
         Blocks of one kind share what is compiled, once for each shape of input: for
         training, and for prompts that come in few shapes.
         """
+        import torch._dynamo.config  # takes seconds
+
+        torch.compiler.assume_constant_result(frequencies_on)
         kinds = len(set(self.config.mixers))
         limit = torch._dynamo.config.recompile_limit
         torch._dynamo.config.recompile_limit = max(limit, 16 * kinds)

@@ -28,11 +28,13 @@ def inverse_frequencies(
     return base**-exponents
 
 
-@torch.compiler.assume_constant_result
 def frequencies_on(
     device: torch.device, head_dim: int, fraction: float = 1.0
 ) -> Float[Tensor, " R"]:
-    """`inverse_frequencies` on a device, made once: a copy there would wait for it."""
+    """`inverse_frequencies` on a device, made once: a copy there would wait for it.
+
+    `Decoder.compile_blocks` has the compiler take them for constants.
+    """
     key = (str(device), head_dim, fraction)
     if key not in _FREQUENCIES:
         # Kept for training too, so never an inference tensor.

@@ -9,6 +9,8 @@ import torch
 from torch._dynamo.utils import counters
 from torch.nn import Module
 
+from based.generation import prefill
+from based.models import Decoder
 from based.models.presets import based_model
 from based.training import TrainConfig
 from based.training.learner import Learner
@@ -64,3 +66,26 @@ def test_blocks_of_shared_sequences_are_compiled_around_the_exchange() -> None:
     for plain, compiled, graphs in ranks.run(2, shared_job):
         assert compiled == pytest.approx(plain, rel=1e-2)
         assert graphs <= 2 * 3 + 1
+
+
+def prompts() -> tuple[float, list[str]]:
+    """Largest difference of compiled blocks' prefill, from prompt to state."""
+    compile_with = Module.compile
+    Module.compile = lambda self, **options: compile_with(
+        self, **options, backend="aot_eager", fullgraph=True
+    )
+    torch.manual_seed(0)
+    net, tokens = Decoder(SHAPE).eval(), torch.randint(64, (2, 80))
+    want, states = prefill(net, tokens, net.init_state(2), chunk=40)
+    net.compile_blocks()
+    got, compiled = prefill(net, tokens, net.init_state(2), chunk=40)
+    differences = [(got - want).abs().max()]
+    for a, b in zip(states, compiled, strict=True):
+        differences += [(a[name] - b[name]).abs().max() for name in a]
+    return max(map(float, differences)), list(counters["graph_break"])
+
+
+def test_prompts_are_read_by_compiled_blocks_without_a_break() -> None:
+    ((difference, breaks),) = ranks.run(1, prompts)
+    assert difference < 1e-4
+    assert breaks == []

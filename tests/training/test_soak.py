@@ -82,4 +82,6 @@ def test_a_hundred_kills(tmp_path, size) -> None:
     assert numbers(whole) == numbers(killed)
     assert saved(whole) == saved(killed)
     seconds = round(time.monotonic() - began)
-    add_row("soak", {"ranks": size}, {"kills": KILLS, "steps": newest, "seconds": seconds})
+    name = f"tests/training/test_soak.py::test_a_hundred_kills[{size}]"
+    found = {"outcome": "passed", "kills": KILLS, "steps": newest, "wall_seconds": seconds}
+    add_row("soak", {"test": name}, found)

@@ -10,7 +10,6 @@ replica a GPU. What has a row in scaling.jsonl is not measured again.
 from __future__ import annotations
 
 import gc
-import json
 import statistics
 import subprocess
 import sys
@@ -18,7 +17,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,14 +24,18 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from based.generation import prefill
+from based.generation import Engine, EngineConfig, Sampling
 from based.models import Decoder, preset
 from based.training.checkpoint import Checkpoints
 from based.training.config import TrainConfig
 from based.training.hardware import peak_memory
 from based.training.learner import Learner
 from based.training.parallel import Ranks, job_ranks, join_job
-from benchmarks.rows import RESULTS, provenance
+from benchmarks import pieces
+from benchmarks.pieces import Row
+from benchmarks.rows import RESULTS
+
+NAME = "scaling"
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Options:
     steps: int = 5
     """Steps timed, after two that are not."""
     long_model: str = "based-360m"
-    """What reads the long sequence."""
+    """What reads the long sequence, if it is among the models."""
     long_tokens: int = 1 << 20
     """Its length."""
     segment: int = 1 << 16
@@ -61,7 +63,9 @@ class Options:
     sequences: int = 128
     """Sequences that a GPU generates together."""
     new_tokens: int = 128
-    """Tokens it generates for each."""
+    """Tokens it generates for each, while timed."""
+    seconds: float = 480
+    """Begin no further piece after this long."""
     compile: bool = True
     """Off for a quick look."""
     device: str = "auto"
@@ -74,53 +78,49 @@ class Options:
     """Set for the ranks that this command starts."""
 
 
-Row = dict[str, Any]
-
-
 def main(options: Options) -> None:
     """Starts the ranks, or is one of them."""
     if options.worker:
         work(options)
         return
-    console = Console()
+    console, began = Console(), time.monotonic()
     there = torch.cuda.device_count() if options.device != "cpu" else max(options.gpus)
     for gpus in options.gpus:
         if gpus > there:
             console.print(f"{gpus} GPUs: there are {there}, left out")
         elif missing(options, gpus):
-            subprocess.run(command(options, gpus), check=False)
-    rows = read(options)
+            left = options.seconds - (time.monotonic() - began)
+            subprocess.run(command(options, gpus, left), check=False)
+    rows = pieces.read(options.out, NAME)
     show(console, rows)
-    plot(rows, options.out / "scaling.png")
+    plot(rows, options.out / f"{NAME}.png")
 
 
-def command(options: Options, gpus: int) -> list[str]:
+def command(options: Options, gpus: int, seconds: float) -> list[str]:
     """torchrun for that many ranks of this benchmark."""
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus)]
-    flags: list[str] = []
-    for name, value in vars(options).items():
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            flags.append(f"--{flag}" if value or name == "worker" else f"--no-{flag}")
-        else:
-            values = value if isinstance(value, tuple) else (value,)
-            flags += [f"--{flag}", *map(str, values)]
+    flags = pieces.arguments(options, worker=True, seconds=seconds)
     return [sys.executable, "-m", *torchrun, "-m", "benchmarks.scaling", *flags]
 
 
 def missing(options: Options, gpus: int) -> list[tuple[str, str]]:
-    """(piece, model) that have no row for that many GPUs."""
-    done = {(row["piece"], row["model"], row["gpus"]) for row in read(options)}
+    """(piece, model) that have no row for that many GPUs, what matters most first."""
+    rows = pieces.read(options.out, NAME)
+    done = {(row["piece"], row["model"], row["gpus"]) for row in rows}
     wanted = [(piece, model) for piece in PIECES for model in options.models]
-    wanted += [("long sequence", options.long_model)]
+    long = [("long sequence", options.long_model)] if options.long_model in options.models else []
+    first = len(options.models)
+    wanted = [*wanted[:first], *long, *wanted[first:]]
     return [(piece, model) for piece, model in wanted if (piece, model, gpus) not in done]
 
 
 def work(options: Options) -> None:
     """One rank: measures what is missing; rank 0 writes it down."""
-    device = join_job(options.device)
+    device, began = join_job(options.device), time.monotonic()
     ranks = Ranks(device)
     for piece, model in ranks.from_first(missing(options, job_ranks())):
+        if ranks.from_first(time.monotonic() - began > options.seconds):
+            break
         measure = PIECES.get(piece, long_sequence)
         torch.compiler.reset()
         gc.collect()
@@ -129,7 +129,9 @@ def work(options: Options) -> None:
         row = measure(options, model, ranks)
         if ranks.rank == 0:
             common = {"piece": piece, "model": model, "gpus": ranks.size}
-            write(options, {**common, **row, "memory_bytes": peak_memory(device)})
+            row = {**common, **row, "memory_bytes": peak_memory(device)}
+            pieces.write(options.out, NAME, row)
+            Console().print(f"{ranks.size} x {model}, {piece}: {result(row)}")
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -210,23 +212,28 @@ def checkpointing(options: Options, model: str, ranks: Ranks) -> Row:
     return {**row, "save_seconds": ranks.from_first(whole), "training_waits_seconds": waits[0]}
 
 
-@torch.no_grad()
 def generation(options: Options, model: str, ranks: Ranks) -> Row:
-    """New tokens a second of all replicas, greedy, after a prompt as long."""
+    """New tokens a second of all replicas' engines, every slot decoding."""
     shape = preset(model)
     on_gpu = ranks.device.type == "cuda"
     with ranks.device:
-        net = Decoder(shape).to(torch.bfloat16 if on_gpu else torch.float32).eval()
-    prompt = torch.randint(shape.vocab_size, (options.sequences, options.new_tokens))
-    logits, state = prefill(net, prompt.to(ranks.device), net.init_state(options.sequences))
+        net = Decoder(shape).to(torch.bfloat16 if on_gpu else torch.float32)
+    # One step shape: nothing else is needed, and each would be captured.
+    engine = Engine(net, EngineConfig(options.sequences, deterministic=True, decode_per_prefill=0))
+    rounds = options.new_tokens
+    greedy = Sampling(temperature=0.0, max_new_tokens=4 * rounds + options.sequences)
+    prompt = torch.randint(shape.vocab_size, (16,)).tolist()
+    requests = [engine.submit(prompt, greedy) for _ in range(options.sequences)]
+    while any(request.drawn == 0 for request in requests):
+        engine.step()
 
     def generate() -> None:
-        tokens = logits.argmax(-1)
-        for _ in range(options.new_tokens):
-            tokens = net.step(tokens, state).argmax(-1)
+        for _ in range(rounds):
+            engine.step()
 
     seconds = timed(generate, ranks, steps=2, warmup=1)
-    tokens = options.sequences * options.new_tokens * ranks.size
+    assert not any(request.finished for request in requests)
+    tokens = options.sequences * rounds * ranks.size
     return {"tokens_per_second": tokens / statistics.median(seconds)}
 
 
@@ -251,19 +258,6 @@ def timed(step: Callable[[], object], ranks: Ranks, steps: int, warmup: int = 2)
         ranks.sum(0.0)
         seconds.append(time.perf_counter() - began)
     return seconds[warmup:]
-
-
-def read(options: Options) -> list[Row]:
-    """Rows of this kind of device."""
-    path, device = options.out / "scaling.jsonl", provenance()["device"]
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [row for row in map(json.loads, lines) if row["device"] == device]
-
-
-def write(options: Options, row: Row) -> None:
-    options.out.mkdir(parents=True, exist_ok=True)
-    with (options.out / "scaling.jsonl").open("a") as file:
-        file.write(json.dumps({**row, **provenance()}) + "\n")
 
 
 def efficiency(rows: list[Row], row: Row) -> float | None:

@@ -3,42 +3,45 @@
 `python -m benchmarks.training`. Synthetic tokens, bfloat16 over float32 weights,
 compiled, an AdamW step every 65,536 tokens: our models, the Transformer++ of the same
 size in the same trainer with whichever attention is faster (FlashAttention-2 or cuDNN,
-timed first) and Mamba; and Hugging Face's Llama of that size, compiled whole, with
-bfloat16 weights. A (model, length) is measured once: the command can be stopped, and
-goes on where it was; without its row in training.jsonl it is measured again.
+timed first), and Mamba; with bfloat16 weights, as they come, mamba-ssm's Mamba instead of
+ours where it is installed, and Hugging Face's Llama, compiled whole. A (model, length) is
+measured once: the command can be stopped, and goes on where it was; without its row in
+training.jsonl it is measured again.
 """
 
 from __future__ import annotations
 
 import gc
-import json
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
-from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch import Tensor, nn
 
 from based.models import PRESETS, DecoderConfig, preset
 from based.models.accounting import skeleton, training_flops
 from based.models.device import pick_device
+from based.ops.linear_cross_entropy import linear_cross_entropy
 from based.training.config import TrainConfig
 from based.training.hardware import peak_flops, peak_memory
 from based.training.learner import Learner
 from based.training.parallel import Ranks
+from based.training.plan import make_plan
+from benchmarks import pieces
+from benchmarks.attention import best_attention
+from benchmarks.mamba import official_mamba
+from benchmarks.pieces import Row
 from benchmarks.profile import profiled
-from benchmarks.rows import RESULTS, provenance
+from benchmarks.rows import RESULTS
 
+NAME = "training"
 LLAMA = "hf-llama"
 # In the order in which they are measured: what matters most first.
 MODELS = (
@@ -78,81 +81,105 @@ class Options:
 Step = Callable[[], object]
 
 
+class Case(NamedTuple):
+    """One way to compute a step."""
+
+    model: str
+    length: int
+    sequences: int
+    """Computed at a time."""
+    recompute: bool
+
+    def batch(self, options: Options) -> int:
+        """Sequences of a step."""
+        return max(self.sequences, options.step_tokens // self.length)
+
+
 def main(options: Options) -> None:
     """Measures what is missing, a model a process, then shows all of this device."""
-    began, console = time.monotonic(), Console()
+    console = Console()
     for model in options.models:
-        if not missing(options, model):
-            continue
         if TWINS.get(model, model) not in PRESETS:
             console.print(f"{model}: not registered here, left out")
-        elif options.worker:
+    known = [model for model in options.models if TWINS.get(model, model) in PRESETS]
+    models = [model for model in known if missing(options, model)]
+    if options.worker:
+        for model in models:
             measure(options, model)
-        elif time.monotonic() - began > options.seconds:
-            console.print(f"{model}: not begun after {options.seconds:.0f} s; run again to go on")
-        else:
-            subprocess.run([*command(options), "--models", model], check=False)
-    if not options.worker:
-        show(console, read(options))
-
-
-def command(options: Options) -> list[str]:
-    """This benchmark for one model, `--models` still to come."""
-    flags = ["--worker", "--device", options.device, "--out", str(options.out)]
-    flags += ["--compile" if options.compile else "--no-compile"]
-    flags += ["--lengths", *map(str, options.lengths), "--steps", str(options.steps)]
-    flags += ["--step-tokens", str(options.step_tokens)]
-    return [sys.executable, "-m", "benchmarks.training", *flags]
+        return
+    pieces.each_in_a_process(NAME, options, models, console)
+    rows = pieces.read(options.out, NAME)
+    show(console, rows)
+    if rows:
+        plot(rows, options.out / f"{NAME}.png")
 
 
 def missing(options: Options, model: str) -> list[int]:
     """Lengths at which this device has no row of the model yet."""
-    done = {(row["model"], row["length"]) for row in read(options)}
+    done = {(row["model"], row["length"]) for row in pieces.read(options.out, NAME)}
     return [length for length in options.lengths if (model, length) not in done]
 
 
 def measure(options: Options, model: str) -> None:
     """One row a length, written as soon as it is known."""
-    device = pick_device(options.device)
+    device, shape, began = pick_device(options.device), shape_of(model), time.monotonic()
     for length in missing(options, model):
-        with best_attention(model, length, device) as backend:
+        if time.monotonic() - began > options.seconds:
+            return
+        with best_attention(shape, length, device, backward=True) as backend:
             row = first_that_fits(options, model, length, device)
-        flops = training_flops(skeleton(shape_of(model)), length)
+        flops = training_flops(skeleton(shape), length)
         peak = peak_flops(device)
         speed = row["tokens_per_second"]
         row |= {"attention": backend, "token_flops": flops}
         row["peak_share"] = None if peak is None else speed * flops / peak
-        write(options, {"model": model, "length": length, **row})
+        pieces.write(options.out, NAME, {"model": model, "length": length, **row})
         Console().print(f"{model} at {length:,}: {speed:,.0f} tokens/s")
 
 
-def first_that_fits(
-    options: Options, model: str, length: int, device: torch.device
-) -> dict[str, Any]:
-    """Times the first of the plans that memory suffices for."""
+def first_that_fits(options: Options, model: str, length: int, device: torch.device) -> Row:
+    """Times the first of the plans that memory suffices for, by estimate and in truth."""
     for tokens, recompute in PLANS:
         sequences = max(1, min(tokens, options.step_tokens) // length)
-        with suppress(torch.OutOfMemoryError):
-            return timed(options, model, length, sequences, recompute, device)
-        gc.collect()
-        torch.cuda.empty_cache()
+        case = Case(model, length, sequences, recompute)
+        if needed(options, case, device) > memory_of(device):
+            continue
+        try:
+            return timed(options, case, device)
+        except torch.OutOfMemoryError:
+            Console().print(f"{model} at {length:,}: {sequences} sequences do not fit")
     raise torch.OutOfMemoryError(f"{model} at {length} fits in no way that was tried")
 
 
-def timed(
-    options: Options,
-    model: str,
-    length: int,
-    sequences: int,
-    recompute: bool,
-    device: torch.device,
-) -> dict[str, Any]:
+def needed(options: Options, case: Case, device: torch.device) -> float:
+    """Bytes that a step should take; compiled blocks keep about half of what eager ones do."""
+    plan = make_plan(config_of(options, case), 1, device)
+    kept = plan.activation_bytes * (0.55 if options.compile and not case.recompute else 1)
+    # Hugging Face's Llama has all logits at once, and their gradient, in both precisions.
+    tokens = case.sequences * case.length if case.model in TWINS else 0
+    logits = 12 * tokens * shape_of(case.model).vocab_size
+    return 1.1 * (plan.optimiser_bytes + plan.gathered_bytes + kept + logits)
+
+
+def memory_of(device: torch.device) -> float:
+    if device.type != "cuda":
+        return float("inf")
+    return torch.cuda.get_device_properties(device).total_memory
+
+
+def timed(options: Options, case: Case, device: torch.device) -> Row:
     """Median step of several; its time by kind on a GPU."""
+    # What the length before left behind, cycles and all.
     torch.compiler.reset()
-    build = llama_step if model in TWINS else our_step
-    batch = max(sequences, options.step_tokens // length)
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     began = time.perf_counter()
-    step = build(options, model, length, batch, sequences, recompute, device)
+    peer = official_mamba(shape_of(case.model), device, torch.bfloat16)
+    if peer is not None:
+        step = mamba_step(options, case, device, peer)
+    else:
+        step = (llama_step if case.model in TWINS else our_step)(options, case, device)
     for _ in range(2):
         step()
     synchronise(device)
@@ -165,14 +192,16 @@ def timed(
         step()
         synchronise(device)
         times.append(time.perf_counter() - began)
+    tokens = case.batch(options) * case.length
     return {
-        "tokens_per_second": batch * length / statistics.median(times),
-        "slowest": batch * length / max(times),
-        "fastest": batch * length / min(times),
-        "micro_batch": sequences,
-        "recompute": recompute,
-        "compiled": options.compile,
-        "step_tokens": batch * length,
+        "tokens_per_second": tokens / statistics.median(times),
+        "slowest": tokens / max(times),
+        "fastest": tokens / min(times),
+        "micro_batch": case.sequences,
+        "recompute": case.recompute,
+        "compiled": options.compile and peer is None,
+        "kernels": "based" if peer is None else "mamba-ssm",
+        "step_tokens": tokens,
         "warmup_seconds": warmup,
         "memory_bytes": peak_memory(device),
         "milliseconds": 1e3 * statistics.median(times),
@@ -180,29 +209,11 @@ def timed(
     }
 
 
-def our_step(
-    options: Options,
-    model: str,
-    length: int,
-    batch: int,
-    sequences: int,
-    recompute: bool,
-    device: torch.device,
-) -> Step:
+def our_step(options: Options, case: Case, device: torch.device) -> Step:
     """A step of the trainer's own learner."""
-    config = TrainConfig(
-        data=Path("synthetic"),
-        preset=model,
-        batch_size=batch,
-        micro_batch=sequences,
-        length=length,
-        learning_rate=1e-4,
-        recompute=recompute,
-        compile=options.compile,
-    )
-    shape = shape_of(model)
+    config, shape = config_of(options, case), shape_of(case.model)
     learner = Learner(shape, config, Ranks(device))
-    rows = torch.randint(shape.vocab_size, (batch, length + 1))
+    rows = torch.randint(shape.vocab_size, (config.batch_size, case.length + 1))
 
     def step() -> None:
         learner.gradients(rows)
@@ -211,19 +222,24 @@ def our_step(
     return step
 
 
-def llama_step(
-    options: Options,
-    model: str,
-    length: int,
-    batch: int,
-    sequences: int,
-    recompute: bool,
-    device: torch.device,
-) -> Step:
+def config_of(options: Options, case: Case) -> TrainConfig:
+    return TrainConfig(
+        data=Path("synthetic"),
+        preset=TWINS.get(case.model, case.model),
+        batch_size=case.batch(options),
+        micro_batch=case.sequences,
+        length=case.length,
+        learning_rate=1e-4,
+        recompute=case.recompute,
+        compile=options.compile,
+    )
+
+
+def llama_step(options: Options, case: Case, device: torch.device) -> Step:
     """Hugging Face's Llama as its users train it: bfloat16 weights, SDPA, fused AdamW."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    shape = shape_of(model)
+    shape = shape_of(case.model)
     (attention,) = shape.mixer_options.values()
     config: Any = LlamaConfig(
         vocab_size=shape.vocab_size,
@@ -236,73 +252,42 @@ def llama_step(
     )
     build: Any = LlamaForCausalLM._from_config
     net = build(config, attn_implementation="sdpa").to(device=device, dtype=torch.bfloat16)
-    if recompute:
+    if case.recompute:
         older = net.gradient_checkpointing_enable
         getattr(net, "activation_checkpointing_enable", older)()
     if options.compile:
         net.compile()
+    rows = torch.randint(shape.vocab_size, (case.batch(options), case.length), device=device)
+    return plain_step(net, lambda part: net(input_ids=part, labels=part).loss, rows, case)
+
+
+def mamba_step(options: Options, case: Case, device: torch.device, net: Any) -> Step:
+    """mamba-ssm's model with the same weights and optimiser, and our head's loss."""
+    size = case.batch(options), case.length + 1
+    rows = torch.randint(shape_of(case.model).vocab_size, size, device=device)
+
+    def mean_loss(part: Tensor) -> Tensor:
+        hidden = net.backbone(part[:, :-1]).flatten(0, 1)
+        total, _ = linear_cross_entropy(hidden, net.lm_head.weight, part[:, 1:].flatten())
+        return total / len(hidden)
+
+    return plain_step(net, mean_loss, rows, case)
+
+
+def plain_step(
+    net: nn.Module, mean_loss: Callable[[Tensor], Tensor], rows: Tensor, case: Case
+) -> Step:
+    """A step in the weights' own dtype: micro-batches, clipping, fused AdamW."""
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True)
-    rows = torch.randint(shape.vocab_size, (batch, length), device=device)
 
     def step() -> None:
-        for part in rows.split(sequences):
-            (net(input_ids=part, labels=part).loss * len(part) / batch).backward()
+        for part in rows.split(case.sequences):
+            (mean_loss(part) * len(part) / len(rows)).backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
     return step
-
-
-def best_attention(
-    model: str, length: int, device: torch.device
-) -> AbstractContextManager[str | None]:
-    """Chooses SDPA's faster kernel, forward and backward, for models of softmax attention."""
-    shape = shape_of(model)
-    softmax = {name: options for name, options in shape.mixer_options.items() if "softmax" in name}
-    if device.type != "cuda" or not softmax:
-        return nullcontext(None)
-    (options,) = softmax.values()
-    heads = options["num_heads"]
-    size = (max(1, 16384 // length), heads, length, shape.hidden_size // heads)
-    times = {
-        backend: attention_seconds(backend, size)
-        for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)
-    }
-    return Chosen(min(times, key=lambda backend: times[backend]))
-
-
-class Chosen(AbstractContextManager[str]):
-    """SDPA with one kernel; enters as its name."""
-
-    def __init__(self, backend: SDPBackend) -> None:
-        self.backend, self._inner = backend, sdpa_kernel(backend)
-
-    def __enter__(self) -> str:
-        self._inner.__enter__()
-        return self.backend.name.lower()
-
-    def __exit__(self, *error: Any) -> None:
-        self._inner.__exit__(*error)
-
-
-def attention_seconds(backend: SDPBackend, size: tuple[int, ...]) -> float:
-    """Of a pass forward and back; infinite where the kernel does not take the shape."""
-    q, k, v = (
-        torch.randn(size, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)
-    )
-    times = []
-    try:
-        with sdpa_kernel(backend):
-            for _ in range(8):
-                torch.cuda.synchronize()
-                began = time.perf_counter()
-                F.scaled_dot_product_attention(q, k, v, is_causal=True).backward(q)
-                torch.cuda.synchronize()
-                times.append(time.perf_counter() - began)
-    except RuntimeError:
-        return float("inf")
-    return statistics.median(times[3:])
 
 
 def shape_of(model: str) -> DecoderConfig:
@@ -319,27 +304,15 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def read(options: Options) -> list[dict[str, Any]]:
-    """Rows of this device."""
-    path, device = options.out / "training.jsonl", provenance()["device"]
-    lines = path.read_text().splitlines() if path.exists() else []
-    rows = [json.loads(line) for line in lines]
-    return [row for row in rows if row["device"] == device]
-
-
-def write(options: Options, row: dict[str, Any]) -> None:
-    options.out.mkdir(parents=True, exist_ok=True)
-    with (options.out / "training.jsonl").open("a") as file:
-        file.write(json.dumps({**row, **provenance()}) + "\n")
-
-
-def show(console: Console, rows: list[dict[str, Any]]) -> None:
+def show(console: Console, rows: list[Row]) -> None:
     """Speeds side by side, then where the time of each goes."""
     table = Table(
         "model", "length", "tokens/s", "of peak", "memory", "of its speed at the shortest"
     )
     first: dict[str, float] = {}
-    for row in sorted(rows, key=lambda row: [*MODELS, row["model"]].index(row["model"])):
+    order = {model: number for number, model in enumerate(MODELS)}
+    rows = sorted(rows, key=lambda row: (order.get(row["model"], 99), row["length"]))
+    for row in rows:
         speed = row["tokens_per_second"]
         base = first.setdefault(row["model"], speed)
         share, memory = row["peak_share"], row["memory_bytes"]
@@ -358,6 +331,26 @@ def show(console: Console, rows: list[dict[str, Any]]) -> None:
             parts = {**row["by_kind"], "idle": max(total - sum(row["by_kind"].values()), 0.0)}
             text = ", ".join(f"{kind} {ms / total:.0%}" for kind, ms in parts.items())
             console.print(f"{row['model']} at {row['length']:,}: {text}")
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Tokens a second over the length of a sequence."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    for axes, size in zip(figure.subplots(1, 2), ("360m", "1.3b"), strict=True):
+        for model in sorted({row["model"] for row in rows if size in row["model"]}):
+            part = sorted(
+                (r["length"], r["tokens_per_second"]) for r in rows if r["model"] == model
+            )
+            axes.plot(*zip(*part, strict=True), "o-", label=model)
+        axes.set_xscale("log", base=2)
+        axes.set(xlabel="tokens a sequence", ylabel="tokens a second", title=size)
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":

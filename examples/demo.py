@@ -27,7 +27,7 @@ from based.models.command import human
 from based.recall import Probe, ProbeResult, run_probe
 from based.training import TrainConfig, Trainer
 from based.training.progress import TrainingProgress
-from based.training.trainer import Step
+from based.training.reports import Step
 from benchmarks.decoding import decode_cost
 from examples.picture import draw
 

@@ -9,7 +9,7 @@ sys.path.append(str(Path(__file__).parents[1] / "training"))
 
 import ranks
 
-from benchmarks import scaling
+from benchmarks import pieces, scaling
 from benchmarks.scaling import Options
 
 
@@ -40,7 +40,7 @@ def test_one_and_two_ranks(options, capsys) -> None:
     assert scaling.missing(options, 1) == []
     assert len(scaling.missing(options, 2)) == 4
     ranks.run(2, scaling.work, options)
-    rows = scaling.read(options)
+    rows = pieces.read(options.out, "scaling")
     assert len(rows) == 8
     assert scaling.missing(options, 2) == []
     one, two = ([r for r in rows if r["gpus"] == n] for n in (1, 2))
@@ -67,6 +67,6 @@ def test_one_and_two_ranks(options, capsys) -> None:
 def test_the_command_of_the_ranks_is_these_options(options) -> None:
     import tyro
 
-    line = scaling.command(options, 4)
+    line = scaling.command(options, 4, options.seconds)
     assert line[2:6] == ["torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
     assert tyro.cli(Options, args=line[8:]) == options

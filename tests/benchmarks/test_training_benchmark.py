@@ -1,5 +1,6 @@
 """The training benchmark, with shapes for a CPU."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,9 +8,9 @@ import torch
 from rich.console import Console
 
 from based.models.accounting import skeleton, training_flops
-from benchmarks import training
+from benchmarks import pieces, training
 from benchmarks.profile import by_kind, kind_of
-from benchmarks.training import Options
+from benchmarks.training import Case, Options
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def options(tmp_path: Path, monkeypatch) -> Options:
 def test_each_piece_is_measured_once(options, capsys, monkeypatch) -> None:
     training.main(options)
     assert "mamba-huge: not registered here" in capsys.readouterr().out
-    rows = training.read(options)
+    rows = pieces.read(options.out, "training")
     assert [(row["model"], row["length"]) for row in rows] == [
         *(("based-tiny", 16), ("based-tiny", 32)),
         *(("hf-llama-tiny", 16), ("hf-llama-tiny", 32)),
@@ -42,18 +43,39 @@ def test_each_piece_is_measured_once(options, capsys, monkeypatch) -> None:
             skeleton(training.shape_of(row["model"])), row["length"]
         )
     training.main(options)
-    assert training.read(options) == rows
+    assert pieces.read(options.out, "training") == rows
     training.show(Console(width=120), [{**rows[0], "by_kind": {"matrix products": 0.0}}])
     out = capsys.readouterr().out
     assert "based-tiny at 16: matrix products 0%, idle 100%" in out
+    training.plot(rows, options.out / "training.png")
+    assert (options.out / "training.png").stat().st_size > 5000
+
+
+def test_what_will_not_fit_is_not_tried(options, monkeypatch) -> None:
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(training, "memory_of", lambda device: 80 * 2**30)
+    options = replace(options, compile=True, step_tokens=65536)
+
+    def first(model: str, length: int) -> tuple[int, bool]:
+        tried = []
+        monkeypatch.setattr(training, "timed", lambda *a: tried.append(a[1][2:]) or {"a": 1})
+        training.first_that_fits(options, model, length, gpu)
+        return tried[0]
+
+    assert first("based-1.3b", 2048) == (8, False)
+    assert first("based-360m", 2048) == (16, False)
+    assert first("based-1.3b", 32768) == (1, True)
+    cases = [Case("based-1.3b", 2048, n, False) for n in (8, 16)]
+    plans = [training.needed(options, case, gpu) for case in cases]
+    assert 60e9 < plans[0] < plans[1] < 140e9
 
 
 def test_memory_that_does_not_suffice_makes_the_step_smaller(options, monkeypatch) -> None:
     tried = []
 
-    def timed(options, model, length, sequences, recompute, device):
-        tried.append((sequences, recompute))
-        if sequences > 1 or not recompute:
+    def timed(options, case, device):
+        tried.append(case[2:])
+        if case.sequences > 1 or not case.recompute:
             raise torch.OutOfMemoryError
         return {"tokens_per_second": 1.0}
 
@@ -65,8 +87,8 @@ def test_memory_that_does_not_suffice_makes_the_step_smaller(options, monkeypatc
 
 
 def test_the_llama_is_the_transformer_it_is_held_to(options) -> None:
-    step = training.llama_step(options, "hf-llama-tiny", 16, 4, 2, True, torch.device("cpu"))
-    step()
+    case = Case("hf-llama-tiny", 16, sequences=2, recompute=True)
+    training.llama_step(options, case, torch.device("cpu"))()
     names = ("hf-llama-1.3b", "hf-llama-360m")
     sizes = [skeleton(training.shape_of(name)).num_parameters() for name in names]
     assert sizes == [pytest.approx(1.3e9, rel=0.05), pytest.approx(0.36e9, rel=0.01)]

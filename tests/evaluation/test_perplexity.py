@@ -11,7 +11,7 @@ from based.cli import main
 from based.data import TokenDataset, Windows
 from based.data.prepare import prepare
 from based.errors import BasedError
-from based.evaluation import Perplexity, evaluate, paired_difference, recall_hits
+from based.evaluation import Perplexity, Share, evaluate, paired_difference, recall_hits
 from based.models import Decoder, preset, save_model
 
 VOCABULARY = 300
@@ -60,6 +60,24 @@ def test_evaluation_is_the_mean_over_all_tokens_of_each_kind(windows) -> None:
     assert result.share("hits") == pytest.approx(hits.double().mean().item())
     assert result.perplexity() == pytest.approx(math.exp(result.loss()))
     assert len(evaluate(net, windows, 4, max_windows=5).tokens) == 5
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_batches_are_of_one_shape_and_count_each_window_once(windows, ranks, monkeypatch) -> None:
+    net, shapes = model(), set()
+    whole = evaluate(net, windows, batch_size=windows.count)
+    loss = net.loss
+
+    def seen(inputs, targets):
+        shapes.add(tuple(inputs.shape))
+        return loss(inputs, targets)
+
+    monkeypatch.setattr(net, "loss", seen)
+    size = 4 if windows.count % 4 else 5
+    parts = [evaluate(net, windows, size, share=Share(rank, ranks)) for rank in range(ranks)]
+    assert shapes == {(size, 24)}
+    torch.testing.assert_close(sum(part.nll for part in parts), whole.nll)
+    assert torch.equal(sum(part.tokens for part in parts), whole.tokens)
 
 
 def test_standard_error_covers_the_truth_at_the_promised_rate() -> None:

@@ -51,3 +51,18 @@ def test_what_is_kept_for_the_backward_pass_does_not_grow_with_the_vocabulary() 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         linear_cross_entropy(hidden, torch.randn(3000, 8, requires_grad=True), targets)
     assert sum(kept) == 500 * 8 + 3000 * 8
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_with_chunks_of_several_sizes(monkeypatch) -> None:
+    monkeypatch.setattr(chunked, "CHUNK_ELEMENTS", 1 << 26)
+    hidden, weight = (torch.randn(n, 256, device="cuda") for n in (3000, 50264))
+    targets = torch.randint(50264, (3000,), device="cuda")
+    inputs = [(x / 8).bfloat16().requires_grad_() for x in (hidden, weight)]
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    want = linear_cross_entropy_reference(*wide, targets)
+    total, losses = linear_cross_entropy(*inputs, targets)
+    torch.testing.assert_close(losses.double(), want, rtol=1e-2, atol=1e-2)
+    got = torch.autograd.grad(total, inputs)
+    for a, b in zip(got, torch.autograd.grad(want.sum(), wide), strict=True):
+        assert (a.double() - b).norm() < 1e-2 * b.norm()

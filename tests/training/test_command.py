@@ -20,7 +20,7 @@ from based.training.metrics import read_metrics
 from based.training.plan import activation_bytes, make_plan
 from based.training.progress import TrainingProgress
 from based.training.recipes import RECIPES, recipe
-from based.training.trainer import Step
+from based.training.reports import Step
 
 GPU = torch.device("cuda")
 

@@ -72,15 +72,16 @@ def job(config: TrainConfig, folder: Path, variants: dict) -> list[str]:
     join_job("cpu")
     for name, change in variants.items():
         train(replace(config, **change), folder / name)
-    # Stopped by its own wish, which only rank 1 has, it goes on bit for bit.
+    # Stopped by a wish that only rank 1 has, and only after a step, it goes on bit for bit.
     recorder = Recorder()
     trainer = Trainer(config, folder / "again", recorder, CPU)
     advance = trainer.advance
-    trainer.advance = lambda: (setattr(trainer, "stop_requested", wish()), advance())[1]
 
-    def wish() -> bool:
-        return trainer.step == 2 and trainer.ranks.rank == 1
+    def wishing_advance() -> None:
+        advance()
+        trainer.stop_requested = trainer.step == 2 and trainer.ranks.rank == 1
 
+    trainer.advance = wishing_advance
     assert trainer.train() is None
     train(config, folder / "again")
     # Another number of ranks goes on from one rank's checkpoint.
@@ -144,7 +145,7 @@ def command(run: Path, data: Path, fault: str) -> None:
     if rank == 1:
         BREAK[fault]()
     options = "--batch-size 4 --length 24 --checkpoint-every 2 --warmup-steps 2 --device cpu"
-    steps = "100000" if fault == "killed" else "6"
+    steps = "100000" if fault in ("killed", "told to end") else "6"
     main(["train", str(run), "--data", str(data), "--steps", steps, *options.split()])
 
 
@@ -177,6 +178,7 @@ def corrupt_shard() -> None:
 
 BREAK = {
     "killed": lambda: None,
+    "told to end": lambda: None,
     "full disk": full_disk,
     "infinite loss": infinite_loss,
     "corrupt shard": corrupt_shard,
@@ -187,6 +189,7 @@ BREAK = {
     ("fault", "size", "says", "kept"),
     [
         ("killed", 4, "another rank was lost in step", None),
+        ("told to end", 2, "the job was told to end", None),
         ("full disk", 2, "the disk is full", 2),
         ("infinite loss", 2, "the loss is inf", 4),
         ("corrupt shard", 2, "is damaged: it holds token", 0),
@@ -198,15 +201,15 @@ def test_a_fault_is_one_line_and_the_last_checkpoint_is_whole(
     run = tmp_path / "run"
     processes, results = ranks.start(size, command, run, config.data, fault)
     checkpoints = Checkpoints(run / "checkpoints", 2, Ranks(CPU))
-    if fault == "killed":
+    if kept is None:
         while len(checkpoints.steps()) < 2:
             assert all(process.is_alive() for process in processes)
             time.sleep(0.05)
-        processes[1].kill()
+        processes[1].kill() if fault == "killed" else processes[1].terminate()
     began = time.monotonic()
     for process in processes:
         process.join(60)
-    if fault == "killed":
+    if kept is None:
         assert time.monotonic() - began < 20
     assert all(process.exitcode != 0 for process in processes), results.get()
     screens = "".join(path.read_text() for path in tmp_path.glob("screen*.txt"))

@@ -1,25 +1,61 @@
 """A run that is killed a hundred times, at random, is the run that never was."""
 
+import json
 import os
 import random
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 import ranks
-from test_training import CPU, Recorder, assert_bitwise
+from test_training import CPU, Recorder, numbers
 
 from based.data.prepare import prepare
 from based.training import TrainConfig, Trainer
 from based.training.parallel import join_job
+from benchmarks.rows import add_row
+
+KILLS = 100
 
 
-def job(data: Path, run: Path) -> bool:
-    """Trains a little slowly: 2,000 steps, a checkpoint every second one."""
+def job(data: Path, run: Path, until: int | None = None) -> None:
+    """A run without end to speak of, a checkpoint every second step; it may stop by itself."""
     join_job("cpu")
-    options = {"batch_size": 2, "length": 32, "warmup_steps": 3, "steps": 2000}
-    config = TrainConfig(data, evaluate_every=50, checkpoint_every=2, **options)
-    return Trainer(config, run, Recorder(), CPU).train() is not None
+    config = TrainConfig(
+        data=data,
+        batch_size=4,
+        length=32,
+        warmup_steps=3,
+        steps=10_000,
+        evaluate_every=20,
+        evaluate_windows=4,
+        checkpoint_every=2,
+    )
+    recorder = Recorder(lambda step: setattr(trainer, "stop_requested", step.step == until))
+    trainer = Trainer(config, run, recorder, CPU)
+    trainer.train()
+
+
+def random_moment(chance: random.Random, run: Path, processes: list[BaseProcess]) -> None:
+    """Sleeps into the start of the ranks, or into some step after it and its checkpoint."""
+    steps = chance.randrange(5)
+    before = rows_of(run)
+    while steps and rows_of(run) < before + steps:
+        assert all(process.is_alive() for process in processes)
+        time.sleep(0.02)
+    time.sleep(chance.uniform(0, 0.5 if steps else 2))
+
+
+def rows_of(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    return path.read_text().count('"learning_rate"') if path.exists() else 0
+
+
+def saved(run: Path) -> dict[str, list[int]]:
+    """Size and checksum of each rank's weights, optimiser and random state at the end."""
+    manifest = json.loads((max(run.glob("checkpoints/step-*")) / "manifest.json").read_text())
+    return {name: sums for name, sums in manifest["files"].items() if name.endswith(".distcp")}
 
 
 @pytest.mark.soak
@@ -27,24 +63,25 @@ def job(data: Path, run: Path) -> bool:
 def test_a_hundred_kills(tmp_path, size) -> None:
     (tmp_path / "a.txt").write_text("the cat sat on the mat, and the dog saw the cat. " * 400)
     prepare([tmp_path / "a.txt"], tmp_path / "data", 280)
-    chance, kills, steps = random.Random(0), 0, 0
-    killed = tmp_path / "killed"
+    chance, newest, began = random.Random(size), 0, time.monotonic()
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
     os.environ["TORCH_CPP_LOG_LEVEL"] = "FATAL"
-    while kills < 100:
+    for _ in range(KILLS):
         processes, _ = ranks.start(size, job, tmp_path / "data", killed)
-        time.sleep(chance.uniform(0.1, 0.9))
-        if all(not process.is_alive() for process in processes):
-            break
+        random_moment(chance, killed, processes)
         chance.choice(processes).kill()
         for process in processes:
             process.terminate()  # as torchrun does
             process.join(30)
             assert not process.is_alive()
-        kills += 1
-        newest = max((int(p.name[5:]) for p in killed.glob("checkpoints/step-*")), default=0)
-        assert newest >= steps, "a checkpoint was lost"
-        steps = newest
-    assert kills == 100, f"finished after {kills} kills; give the run more steps"
-    assert ranks.run(size, job, tmp_path / "data", killed, seconds=600)[0]
-    assert ranks.run(size, job, tmp_path / "data", tmp_path / "whole", seconds=600)[0]
-    assert_bitwise(tmp_path / "whole", killed)
+        steps = max((int(p.name[5:]) for p in killed.glob("checkpoints/step-*")), default=0)
+        assert steps >= newest, "a checkpoint was lost"
+        newest = steps
+    for run in (killed, whole):
+        ranks.run(size, job, tmp_path / "data", run, newest + 10, seconds=1000)
+    assert numbers(whole) == numbers(killed)
+    assert saved(whole) == saved(killed)
+    seconds = round(time.monotonic() - began)
+    name = f"tests/training/test_soak.py::test_a_hundred_kills[{size}]"
+    found = {"outcome": "passed", "kills": KILLS, "steps": newest, "wall_seconds": seconds}
+    add_row("soak", {"test": name}, found)

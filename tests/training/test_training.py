@@ -80,12 +80,13 @@ def weights(folder) -> dict[str, torch.Tensor]:
 def assert_bitwise(a: Path, b: Path) -> None:
     first, second = weights(a), weights(b)
     assert all(torch.equal(first[name], second[name]) for name in first)
-
-    def numbers(folder):
-        rows = read_metrics(folder / "metrics.jsonl")
-        return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]
-
     assert numbers(a) == numbers(b)
+
+
+def numbers(folder: Path) -> list[dict]:
+    """The rows of the metrics, without what the clock says."""
+    rows = read_metrics(folder / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]
 
 
 def test_a_run_learns_and_leaves_all_it_promises(config, tmp_path) -> None:
@@ -116,6 +117,18 @@ def test_resumed_is_never_interrupted_bit_for_bit(config, tmp_path) -> None:
     recorder = train(config, tmp_path / "cut")
     assert recorder.messages == ["going on from the checkpoint of step 8"]
     assert_bitwise(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_numbers_may_come_a_step_late(config, tmp_path) -> None:
+    train(config, tmp_path / "at once")
+    recorder, seen = Recorder(), []
+    trainer = Trainer(config, tmp_path / "late", recorder, CPU)
+    trainer.lag = 1
+    recorder._after_step = lambda step: seen.append(trainer.step - step.step)
+    trainer.train()
+    # The last before an evaluation or a checkpoint is waited for.
+    assert seen == [1, 1, 1, 0, 1, 0, 1, 0, 1, 1, 1, 0]
+    assert_bitwise(tmp_path / "at once", tmp_path / "late")
 
 
 def killed(config: TrainConfig, folder: Path, where: str) -> None:
@@ -195,20 +208,29 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(config, tmp_path, monkeypatc
     assert train(config, run).messages == ["going on from the checkpoint of step 4"]
 
 
-def test_an_infinite_loss_stops_before_the_weights_are_touched(
-    config, tmp_path, monkeypatch
-) -> None:
-    run = tmp_path / "run"
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is always full")
+def test_a_full_disk_is_one_line_where_metrics_are_written_too(tmp_path) -> None:
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(BasedError, match=r"could not save .*metrics.jsonl: the disk is full"):
+        MetricsLog(tmp_path / "metrics.jsonl").append(step=1, loss=2.0)
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_nothing_of_a_step_of_infinite_loss_is_saved(config, tmp_path, monkeypatch, lag) -> None:
+    run, config = tmp_path / "run", replace(config, evaluate_every=100)
 
     def poison(step) -> None:
-        if step.step == 5:
+        # The step before a checkpoint's, or the one that is computed by then.
+        if step.step == 7 - lag:
             monkeypatch.setattr(
                 Learner, "_backward", lambda *args, **_: backward(*args, **_) * math.nan
             )
 
     backward = Learner._backward
-    with pytest.raises(BasedError, match=r"loss is nan .* at step 6.*checkpoint of step 4 is kept"):
-        train(config, run, Recorder(poison))
+    trainer = Trainer(config, run, Recorder(poison), CPU)
+    trainer.lag = lag
+    with pytest.raises(BasedError, match=r"loss is nan .* at step 8.*of step 4 is kept"):
+        trainer.train()
     monkeypatch.undo()
     recorder = train(config, run)
     assert recorder.messages == ["going on from the checkpoint of step 4"]
@@ -220,10 +242,10 @@ def test_asked_to_stop_it_saves_and_stops(config, tmp_path) -> None:
     trainer = Trainer(config, tmp_path / "run", recorder, CPU)
     recorder._after_step = lambda step: setattr(trainer, "stop_requested", step.step == 3)
     assert trainer.train() is None
-    assert "stopped after step 3" in recorder.messages[-1]
+    assert "stopped after step 4" in recorder.messages[-1]
     with pytest.raises(BasedError, match="has not finished"):
         model_folder(tmp_path / "run")
-    assert train(config, tmp_path / "run").messages == ["going on from the checkpoint of step 3"]
+    assert train(config, tmp_path / "run").messages == ["going on from the checkpoint of step 4"]
 
 
 def test_other_options_or_a_second_process_are_refused(config, tmp_path) -> None:
@@ -270,8 +292,8 @@ def test_savings_of_memory_leave_the_gradient_alone(config, tmp_path, change) ->
     found = []
     for options in ({"micro_batch": 4}, change):
         trainer = Trainer(replace(config, **options), tmp_path, Recorder(), CPU)
-        loss, norm = trainer._gradients()
-        found.append([torch.tensor([loss, norm]), *(p.grad for p in trainer.model.parameters())])
+        loss, norm = trainer.learner.gradients(trainer.loader.rows(0))
+        found.append([loss, norm, *(p.grad for p in trainer.model.parameters())])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 

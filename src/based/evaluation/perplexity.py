@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from based.data import Windows
 from based.errors import BasedError
 from based.models import Decoder
+from based.models.device import to_device
 
 GROUPS = ("all", "hits", "rest")
 
@@ -127,19 +128,21 @@ def evaluate(
     nll, tokens = torch.zeros(2, count, 2, dtype=torch.float64)
     training = model.training
     model.eval()
-    for first in range(0, count, batch_size * share.ranks):
-        start = first + batch_size * share.rank
-        mine = start < count
-        rows = slice(start, min(start + batch_size, count)) if mine else slice(0, 1)
-        batch = windows.in_order(rows.start, rows.stop - rows.start).to(model.device)
+    size = min(batch_size, count)
+    for first in range(0, count, size * share.ranks):
+        start = first + size * share.rank
+        # A last batch that would be short begins earlier: all are of one shape.
+        begin = min(start, count - size)
+        batch = to_device(windows.in_order(begin, size), model.device)
         inputs, targets = (part[:, share.columns] for part in (batch[:, :-1], batch[:, 1:]))
         _, losses, _ = model.loss(inputs, targets)
         hits = recall_hits(batch, model.config.vocab_size)[:, share.columns]
         groups = torch.stack([hits, ~hits], dim=-1).double()
-        if mine:
-            nll[rows] = (losses.double()[..., None] * groups).sum(1).cpu()
-            tokens[rows] = groups.sum(1).cpu()
-        on_windows(min(batch_size * share.ranks, count - first))
+        if start < count:
+            rows = slice(start, begin + size)
+            nll[rows] = (losses.double()[..., None] * groups).sum(1)[start - begin :].cpu()
+            tokens[rows] = groups.sum(1)[start - begin :].cpu()
+        on_windows(min(size * share.ranks, count - first))
     model.train(training)
     return Perplexity(nll, tokens)
 

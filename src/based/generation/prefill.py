@@ -20,18 +20,20 @@ def prefill(
     tokens: Int[Tensor, "B T"],
     state: DecoderState,
     mask: Bool[Tensor, "B T"] | None = None,
+    chunk: int = PREFILL_CHUNK,
 ) -> tuple[Float[Tensor, "B V"], DecoderState]:
     """Reads the prompt in chunks; returns each row's next-token logits and the new state.
 
-    `mask` is true on real tokens; of a padded batch all rows must be flush right.
+    `mask` is true on real tokens; of a padded batch all rows must be flush right. A GPU
+    is fast on some 32,768 tokens at once, so few rows want a larger `chunk` than many.
     """
     if tokens.shape[1] == 0:
         raise BasedError("the prompt has no tokens; begin with the end-of-text token")
     hidden = None
-    for first in range(0, tokens.shape[1], PREFILL_CHUNK):
-        chunk = slice(first, first + PREFILL_CHUNK)
-        part = None if mask is None else mask[:, chunk]
-        hidden, after = model.hidden(tokens[:, chunk], state, mask=part)
+    for first in range(0, tokens.shape[1], chunk):
+        columns = slice(first, first + chunk)
+        part = None if mask is None else mask[:, columns]
+        hidden, after = model.hidden(tokens[:, columns], state, mask=part)
         assert after is not None
         state = after
     assert hidden is not None

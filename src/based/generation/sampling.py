@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from based.errors import BasedError
+from based.models.device import to_device
 from based.ops.token_sampling import SamplingRows
 
 
@@ -58,10 +58,3 @@ def sampling_rows(
         torch.tensor(list(positions)),
     )
     return SamplingRows(*(to_device(column, device) for column in columns))
-
-
-def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """A copy on the device that does not wait for what the device is doing."""
-    if device.type != "cuda":
-        return x.to(device)
-    return x.pin_memory().to(device, non_blocking=True)

@@ -17,6 +17,7 @@ from based.mixers.packing import Packing
 from based.models.config import DecoderConfig
 from based.ops.elementwise import add_rms_norm, swiglu
 from based.ops.linear_cross_entropy import linear_cross_entropy
+from based.ops.rotary import frequencies_on
 
 
 class DecoderState(list[State]):
@@ -155,6 +156,21 @@ class Decoder(nn.Module):
                 nn.init.normal_(module.weight, std=std * scale)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
+
+    def compile_blocks(self) -> None:
+        """From now on blocks run compiled (torch.compile), in the parallel form alone.
+
+        Blocks of one kind share what is compiled, once for each shape of input: for
+        training, and for prompts that come in few shapes.
+        """
+        import torch._dynamo.config  # takes seconds
+
+        torch.compiler.assume_constant_result(frequencies_on)
+        kinds = len(set(self.config.mixers))
+        limit = torch._dynamo.config.recompile_limit
+        torch._dynamo.config.recompile_limit = max(limit, 16 * kinds)
+        for block in self.blocks:
+            block.compile(dynamic=False)
 
     @property
     def device(self) -> torch.device:

@@ -1,6 +1,7 @@
-"""Which device to compute on."""
+"""Which device to compute on, and how data gets there."""
 
 import torch
+from torch import Tensor
 
 from based.errors import BasedError
 
@@ -16,3 +17,10 @@ def pick_device(name: str) -> torch.device:
         reason = str(error).splitlines()[0]
         raise BasedError(f"device {name!r} cannot be used here: {reason}") from error
     return device
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device that does not wait for what the device is doing."""
+    if device.type != "cuda":
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)

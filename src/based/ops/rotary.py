@@ -8,7 +8,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-# A plain dictionary, because torch.compile reads one, and calls an lru_cache anew.
 _FREQUENCIES: dict[tuple[str, int, float], Tensor] = {}
 
 
@@ -32,13 +31,34 @@ def inverse_frequencies(
 def frequencies_on(
     device: torch.device, head_dim: int, fraction: float = 1.0
 ) -> Float[Tensor, " R"]:
-    """`inverse_frequencies` on a device, made once: a copy there would wait for it."""
+    """`inverse_frequencies` on a device, made once: a copy there would wait for it.
+
+    `Decoder.compile_blocks` has the compiler take them for constants.
+    """
     key = (str(device), head_dim, fraction)
     if key not in _FREQUENCIES:
         # Kept for training too, so never an inference tensor.
         with torch.inference_mode(False):
             _FREQUENCIES[key] = inverse_frequencies(head_dim, fraction).to(device)
     return _FREQUENCIES[key]
+
+
+def _table(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [B, T, 1, R]."""
+    angles = (positions[..., None] * frequencies)[:, :, None, :]
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+# Opaque to the compiler, which would compute it anew, in float64, for every head and component.
+_table_operator = torch.library.custom_op("based::rotary_table", _table, mutates_args=())
+
+
+@_table_operator.register_fake
+def _table_fake(
+    positions: Tensor, frequencies: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    shape = (*positions.shape, 1, frequencies.shape[0])
+    return positions.new_empty(shape, dtype=dtype), positions.new_empty(shape, dtype=dtype)
 
 
 def rotate(
@@ -48,9 +68,9 @@ def rotate(
 ) -> Float[Tensor, "B T H D"]:
     """Turns pair (i, i + R) of every head by positions * frequencies[i]; the rest passes."""
     R = frequencies.shape[0]
-    angles = (positions[..., None] * frequencies)[:, :, None, :]
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    cos, sin = angles.cos().to(wide), angles.sin().to(wide)
+    table = _table_operator if torch.compiler.is_compiling() else _table
+    cos, sin = table(positions, frequencies, wide)
     first, second, rest = x.split([R, R, x.shape[-1] - 2 * R], dim=-1)
     first, second = first.to(wide), second.to(wide)
     turned = [first * cos - second * sin, second * cos + first * sin]

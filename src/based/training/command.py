@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import tyro
 
@@ -74,13 +75,12 @@ def run(options: Train) -> None:
     failed = options.run / ".failed"
     if os.environ["RANK"] == "0":
         failed.unlink(missing_ok=True)
+    _end_when_told(failed)
     try:
         _train(options, join_job(options.device))
     except BasedError as error:
-        if _is_first(failed):
-            print(f"based: {error}", file=sys.stderr, flush=True)
         # Others may be waiting for this rank, and it for them: no farewell.
-        os._exit(1)
+        _end(failed, str(error))
 
 
 def _train(options: Train, device: torch.device) -> None:
@@ -120,8 +120,7 @@ def _print_plan(options: Train, ranks: int, device: torch.device) -> None:
 def _stop_on_signal(trainer: Trainer) -> None:
     """The first signal asks the run to save and stop; a second one ends it.
 
-    Among several ranks SIGTERM ends at once: the launcher sends it when one has died.
-    They stop together when any of them gets SIGUSR1.
+    Several ranks stop together when any of them gets SIGUSR1; SIGTERM ends them at once.
     """
 
     def handler(number: int, frame: object) -> None:
@@ -131,6 +130,32 @@ def _stop_on_signal(trainer: Trainer) -> None:
     alone: Sequence[signal.Signals] = (signal.SIGINT, signal.SIGTERM)
     for number in alone if trainer.ranks.size == 1 else (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, handler)
+
+
+def _end_when_told(failed: Path) -> None:
+    """SIGTERM, which the launcher sends when a rank has died, ends this one with a line.
+
+    A thread waits for it: the main one may be waiting for the network or a GPU, where a
+    handler would not run. So it comes before all other threads.
+    """
+
+    def wait() -> None:
+        signal.sigwait({signal.SIGTERM})
+        _end(
+            failed,
+            "the job was told to end, as when another rank is lost; its newest checkpoint is "
+            "whole: start the same command again",
+        )
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _end(failed: Path, reason: str) -> NoReturn:
+    """Ends this rank at once; the first of them says why."""
+    if _is_first(failed):
+        print(f"based: {reason}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def _is_first(marker: Path) -> bool:

@@ -25,6 +25,9 @@ from based.errors import BasedError
 from based.mixers import Mixer, State
 from based.models import Decoder
 
+# Typed so that what it decorates keeps to the protocol of `Shard`.
+_uncompiled: Any = torch.compiler.disable
+
 
 class Tail(NamedTuple):
     """The last sequence of a shard: its first token there, and that token's position."""
@@ -72,10 +75,14 @@ class SequenceShard:
         part = length // self.size
         return slice(self.rank * part, (self.rank + 1) * part)
 
+    @_uncompiled
     def mix(
         self, mixer: Mixer, x: Float[Tensor, "B T C"], cu_seqlens: Int[Tensor, " E"] | None
     ) -> Float[Tensor, "B T C"]:
-        """The mixer's output on this shard; `cu_seqlens` are the bounds over all shards."""
+        """The mixer's output on this shard; `cu_seqlens` are the bounds over all shards.
+
+        Compiled blocks are cut in two here.
+        """
         layout = self._layout(cu_seqlens, x.shape[1])
         tail = layout.tails[self.rank]
         own = mixer.segment_state(x[:, tail.start :], tail.position)
@@ -113,7 +120,7 @@ class SequenceShard:
         sizes = [[prod(shape) for shape in each] for each in shapes]
         flat = torch.cat([own[name].flatten() for name in names])
         flat = F.pad(flat, (0, max(map(sum, sizes)) - flat.numel()))
-        gathered: Tensor = _gather(flat, self.group)
+        gathered: Any = _AllGather.apply(flat, self.group)
         states = []
         for row, size, each in zip(gathered, sizes, shapes, strict=True):
             parts = zip(names, row[: sum(size)].split(size), each, strict=True)
@@ -161,10 +168,6 @@ class _AllGather(torch.autograd.Function):
         total = d_out.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total, group=ctx.group)
         return total[ctx.group.rank()], None
-
-
-# Compiled blocks are cut here.
-_gather: Any = torch.compiler.disable(_AllGather.apply)
 
 
 class _Together(torch.autograd.Function):

@@ -1,6 +1,7 @@
-"""What the device can do at best, and what a run makes of it."""
+"""What the device can do at best, what a run makes of it, and how it tells."""
 
 import torch
+from torch import Tensor
 
 # Dense bfloat16 operations a second by the vendors' data sheets, in the order they are looked for.
 PEAK_FLOPS = {
@@ -27,3 +28,21 @@ def peak_flops(device: torch.device) -> float | None:
 def peak_memory(device: torch.device) -> int | None:
     """Most bytes allocated on a GPU so far; None on other devices."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+class OnItsWay:
+    """Numbers on a device whose copy to the host is under way; the host need not wait."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._values, self._arrived = values, None
+        if values.is_cuda:
+            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def collect(self) -> list[float]:
+        """The numbers, once they have arrived."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._values.tolist()

@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch._dynamo.config
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
@@ -28,6 +27,7 @@ from based.errors import BasedError
 from based.mixers import State
 from based.models import Decoder, DecoderConfig, DecoderState
 from based.models.accounting import skeleton
+from based.models.device import to_device
 from based.training.config import TrainConfig
 from based.training.context_parallel import SequenceShard, split_sequences
 from based.training.optimizer import build_optimizer
@@ -58,23 +58,24 @@ class Learner:
             self.shard = split_sequences(self.model, ranks.context_group)
         self.model.recompute = config.recompute
         if config.compile:
-            _compile_blocks(self.model)
+            self.model.compile_blocks()
         ranks.shard_weights(self.model, config.dtype(ranks.device))
         self.optimizer = build_optimizer(self.model, config)
 
-    def gradients(self, rows: Int[Tensor, "B T1"]) -> tuple[Tensor, float]:
+    def gradients(self, rows: Int[Tensor, "B T1"]) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
         """Leaves the clipped gradient of the step's mean loss; returns loss and gradient norm.
 
         `rows` are the sequences of this data rank. The loss is this rank's share: their
-        sum over ranks is the mean over all tokens of the step.
+        sum over ranks is the mean over all tokens of the step. Nothing here waits for
+        the device.
         """
         config = self.config
         total = torch.zeros((), device=self.ranks.device)
-        parts = rows.to(self.ranks.device).split(config.micro_batch or len(rows))
+        parts = to_device(rows, self.ranks.device).split(config.micro_batch or len(rows))
         for number, part in enumerate(parts, start=1):
             total += self._backward(part, last=number == len(parts))
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
-        return total, (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+        return total, norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def update(self, rate: float) -> None:
         """Takes the step that the gradients point to."""
@@ -160,15 +161,6 @@ class Learner:
     @property
     def _step_tokens(self) -> int:
         return self.config.batch_size * self.config.length
-
-
-def _compile_blocks(model: Decoder) -> None:
-    """Blocks of one kind share what is compiled: once a kind, for training and evaluation."""
-    kinds = len(set(model.config.mixers))
-    limit = torch._dynamo.config.recompile_limit
-    torch._dynamo.config.recompile_limit = max(limit, 8 * kinds)
-    for block in model.blocks:
-        block.compile(dynamic=False)
 
 
 def _check_segments(model: Decoder, config: TrainConfig) -> None:

@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from based.files import not_saved
+
 
 class MetricsLog:
     """Appends rows to `metrics.jsonl`; after a kill, drops rows that will be written anew."""
@@ -16,8 +18,11 @@ class MetricsLog:
 
     def append(self, **row: Any) -> None:
         """Writes one row at once."""
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise not_saved(self.path, error) from error
 
     def rows(self) -> list[dict[str, Any]]:
         """All whole rows."""

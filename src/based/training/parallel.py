@@ -91,7 +91,7 @@ class Ranks:
         return total.tolist()
 
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sums a tensor over all ranks, in place."""
+        """Sums a tensor over all ranks, in place; does not wait for one that is on the device."""
         if self.size > 1:
             on_device = tensor.to(self.device)
             dist.all_reduce(on_device)
@@ -128,8 +128,9 @@ class Ranks:
         for module in (*model.blocks, model):
             fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
             assert isinstance(module, FSDPModule)
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
+            if self.size > 1:
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
         register_fsdp_forward_method(model, "loss")
 
     def _mesh(self, outer: int, inner: int) -> DeviceMesh:

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from based.evaluation import Perplexity
 from based.models.command import human
 from based.training.metrics import smoothed
-from based.training.trainer import Step
+from based.training.reports import Step
 
 # Without a terminal, this many lines a run.
 LINES = 20

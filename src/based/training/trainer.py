@@ -21,57 +21,34 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import torch
 
-from based.data import Mixture, TokenDataset, Windows
+from based.data import TokenDataset, Windows
 from based.errors import BasedError
 from based.evaluation import Perplexity, Share, evaluate
 from based.models import Decoder, save_model
 from based.models.accounting import training_flops
 from based.training.checkpoint import Checkpoints
 from based.training.config import TrainConfig
-from based.training.hardware import peak_flops, peak_memory
+from based.training.hardware import OnItsWay, peak_flops, peak_memory
 from based.training.learner import Learner
+from based.training.loading import Loader, training_windows
 from based.training.loggers import Logger, LoggerName, open_logger
 from based.training.metrics import MetricsLog, plot_metrics
 from based.training.optimizer import learning_rate
 from based.training.parallel import Ranks, lost_contact
+from based.training.reports import Reporter, Step
 
 
-@dataclass(frozen=True)
-class Step:
-    """What is known after a step."""
+class Flying(NamedTuple):
+    """A step that was launched: its loss, wishes to stop and gradient norm arrive later."""
 
     step: int
-    tokens: int
-    """Of all steps so far."""
-    loss: float
-    gradient_norm: float
-    learning_rate: float
-    tokens_per_second: float
-    """Of all ranks together."""
-    peak_share: float | None = None
-    """Model flops as a share of what the ranks can do; None where that is not known."""
-    memory_bytes: int | None = None
-    """Most that this rank's GPU has held; None on a CPU."""
-
-
-@runtime_checkable
-class Reporter(Protocol):
-    """Is told what happens; the command shows it, a test records it."""
-
-    def on_step(self, step: Step) -> None:
-        """After every step."""
-
-    def on_evaluation(self, step: int, result: Perplexity) -> None:
-        """After every evaluation."""
-
-    def on_message(self, text: str) -> None:
-        """A thing worth a line: resumed, a damaged checkpoint, saved."""
+    rate: float
+    numbers: OnItsWay
 
 
 class Trainer:
@@ -95,6 +72,12 @@ class Trainer:
         self._sequences = config.sequences_of_rank(self.ranks.data_ranks)
         dataset = TokenDataset(config.data)
         self.windows = training_windows(config, dataset)
+        self.loader = Loader(
+            self.windows,
+            config.batch_size,
+            self.ranks.data_rank * self._sequences,
+            self._sequences,
+        )
         self.held_out = Windows(TokenDataset(config.data, "validation"), config.length)
         end_of_text = dataset.tokenizer().eos_id if config.separate_documents else None
         self.learner = Learner(config.model_config(dataset), config, self.ranks, end_of_text)
@@ -102,6 +85,12 @@ class Trainer:
         self.metrics = MetricsLog(folder / "metrics.jsonl")
         self.step = 0
         self._saved_step = 0
+        # A GPU is given its next step before the host has the last one's numbers.
+        self.lag = 1 if device.type == "cuda" else 0
+        self._flying: list[Flying] = []
+        # All ranks stop after the same step: the wish of one is summed with its loss.
+        self._stopping = False
+        self._clock = 0.0
         self._logger_names, self._loggers = loggers, list[Logger]()
         peak = peak_flops(device)
         flops = training_flops(self.learner.model, config.length)
@@ -136,49 +125,70 @@ class Trainer:
                 for logger in self._loggers:
                     logger.close()
 
-    def advance(self) -> Step:
-        """One optimiser step; raises `BasedError`, the weights untouched, on an infinite loss."""
-        config, began = self.config, time.perf_counter()
-        rate = learning_rate(config, self.step)
-        loss, norm = self._gradients()
-        if not math.isfinite(loss) or not math.isfinite(norm):
-            raise BasedError(
-                f"the loss is {loss} and the gradient norm {norm} at step {self.step + 1}; "
-                f"the weights of that step were not taken, and the checkpoint of step "
-                f"{self._saved_step} is kept: try a lower learning rate or stronger clipping"
-            )
-        self.learner.update(rate)
-        self.step += 1
-        per_step = config.batch_size * config.length
-        speed = per_step / (time.perf_counter() - began)
-        share = None if self._share_of_one is None else speed * self._share_of_one
-        memory = peak_memory(self.device)
-        return Step(self.step, self.step * per_step, loss, norm, rate, speed, share, memory)
+    def advance(self) -> None:
+        """Launches one optimiser step, and reports those whose numbers have come.
 
-    def _train(self) -> Decoder | None:
-        while self.step < self.config.steps and not self.stop_requested:
-            step = self.advance()
+        Raises `BasedError` on a loss that is not finite; nothing of such a step is saved.
+        """
+        rate = learning_rate(self.config, self.step)
+        share, norm = self.learner.gradients(self.loader.rows(self.step))
+        self.learner.update(rate)
+        wish = torch.full_like(share, self.stop_requested)
+        summed = self.ranks.sum_(torch.stack([share, wish]).double())
+        self.step += 1
+        self._flying.append(
+            Flying(self.step, rate, OnItsWay(torch.stack([*summed, norm.double()])))
+        )
+        self._report(keep=self.lag)
+
+    def _report(self, keep: int = 0) -> None:
+        """Reports launched steps in order, all but the `keep` last."""
+        while len(self._flying) > keep:
+            flying = self._flying.pop(0)
+            loss, wishes, norm = flying.numbers.collect()
+            if not math.isfinite(loss) or not math.isfinite(norm):
+                raise BasedError(
+                    f"the loss is {loss} and the gradient norm {norm} at step {flying.step}; "
+                    f"nothing of that step is saved, and the checkpoint of step "
+                    f"{self._saved_step} is kept: try a lower learning rate or stronger clipping"
+                )
+            self._stopping |= wishes > 0
+            step = self._measured(flying, loss, norm)
             self._log(**{name: value for name, value in vars(step).items() if value is not None})
             if self.ranks.rank == 0:
                 self.reporter.on_step(step)
+
+    def _measured(self, flying: Flying, loss: float, norm: float) -> Step:
+        """The step with its speed: time since the one before it, or since other work ended."""
+        per_step = self.config.batch_size * self.config.length
+        before, self._clock = self._clock, time.perf_counter()
+        speed = per_step / (self._clock - before)
+        share = None if self._share_of_one is None else speed * self._share_of_one
+        memory = peak_memory(self.device)
+        tokens = flying.step * per_step
+        return Step(flying.step, tokens, loss, norm, flying.rate, speed, share, memory)
+
+    def _train(self) -> Decoder | None:
+        self._clock = time.perf_counter()
+        while self.step < self.config.steps and not self._stopping:
+            self.advance()
             last = self.step == self.config.steps
-            if last or self.step % self.config.evaluate_every == 0:
+            evaluates = last or self.step % self.config.evaluate_every == 0
+            saves = last or self.step % self.config.checkpoint_every == 0
+            if evaluates or saves:
+                self._report()
+            if evaluates:
                 self._evaluate(last)
-            if last or self.step % self.config.checkpoint_every == 0 or self.stop_requested:
+            if saves or self._stopping:
+                self._report()
                 self._save()
+            if evaluates or saves:
+                self._clock = time.perf_counter()
         self.checkpoints.wait()
         if self.step < self.config.steps:
             self._say(f"stopped after step {self.step}; the same command goes on from there")
             return None
         return self._export()
-
-    def _gradients(self) -> tuple[float, float]:
-        """The step's mean loss and gradient norm; a wish to stop becomes everybody's."""
-        first = self.step * self.config.batch_size + self.ranks.data_rank * self._sequences
-        mine, norm = self.learner.gradients(self.windows.batch(first, self._sequences))
-        loss, stops = self.ranks.sum(mine, float(self.stop_requested))
-        self.stop_requested = stops > 0
-        return loss, norm
 
     def _evaluate(self, last: bool) -> None:
         result = evaluate(
@@ -259,16 +269,6 @@ class Trainer:
         save_model(model, self.folder / "model", self.config.data / "tokenizer.json")
         plot_metrics(self.metrics.rows(), self.folder / "loss.png", self.config.preset)
         return model.eval()
-
-
-def training_windows(config: TrainConfig, dataset: TokenDataset) -> Windows | Mixture:
-    """The run's sequences in order: of its data directory, or of several by weight."""
-    windows = Windows(dataset, config.length, config.seed)
-    if not config.mixture:
-        return windows
-    others = [Windows(TokenDataset(path), config.length, config.seed) for path, _ in config.mixture]
-    weights = [weight for _, weight in config.mixture]
-    return Mixture([windows, *others], [1 - sum(weights), *weights], config.seed)
 
 
 @contextmanager

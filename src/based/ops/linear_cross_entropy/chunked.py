@@ -14,8 +14,9 @@ from torch.autograd.function import once_differentiable
 
 from based.ops.precision import without_autocast
 
-# Logits of one chunk, in elements: half a gigabyte in bfloat16.
-CHUNK_ELEMENTS = 1 << 28
+# Logits of one chunk, in elements: a gigabyte in bfloat16. The gradient of the weight is
+# added up once a chunk, so small ones cost time.
+CHUNK_ELEMENTS = 1 << 29
 
 
 @without_autocast
@@ -39,7 +40,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         losses = torch.empty(len(hidden), dtype=wide, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if wanted else None
         d_weight = torch.zeros_like(weight, dtype=wide) if wanted else None
-        count = max(1, CHUNK_ELEMENTS // len(weight))
+        # A power of two, so that chunks of a usual batch are of one shape.
+        count = 1 << (max(1, CHUNK_ELEMENTS // len(weight)).bit_length() - 1)
         for first in range(0, len(hidden), count):
             part = slice(first, first + count)
             logits = hidden[part] @ weight.T
@@ -66,13 +68,14 @@ def _losses(
 ) -> tuple[Float[Tensor, " T"], Float[Tensor, "T W"]]:
     """Each token's loss, and (if wanted) the gradient of their sum: softmax minus one-hot."""
     wide = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
-    normaliser = wide.logsumexp(-1)
-    losses = normaliser - wide.gather(1, targets[:, None])[:, 0]
+    normaliser = wide.logsumexp(-1, keepdim=True)
+    losses = normaliser - wide.gather(1, targets[:, None])
     if not wanted:
-        return losses, logits
-    gradient = (wide - normaliser[:, None]).exp_()
-    gradient[torch.arange(len(targets), device=targets.device), targets] -= 1
-    return losses, gradient.to(logits.dtype)
+        return losses[:, 0], logits
+    gradient = (wide - normaliser).exp_().to(logits.dtype)
+    # The target's p - 1 from its loss, after the rounding: the rest is one pass when compiled.
+    gradient.scatter_(1, targets[:, None], torch.expm1(-losses).to(logits.dtype))
+    return losses[:, 0], gradient
 
 
 @lru_cache(maxsize=2)

@@ -65,7 +65,7 @@ def _scan_rows(
         from based.ops.selective_scan.triton import selective_scan_kernel
 
         return selective_scan_kernel(x, delta, A, b, c, state)
-    outs, span = [], max(16, SPAN_ELEMENTS[x.device.type] // max(state.numel(), 1))
+    outs, span = [], max(16, SPAN_ELEMENTS.get(x.device.type, 1 << 24) // max(state.numel(), 1))
     for first in range(0, x.shape[1], span):
         part = slice(first, first + span)
         y, state = _Span.apply(x[:, part], delta[:, part], A, b[:, part], c[:, part], state)

@@ -55,7 +55,7 @@ def through_keys(
 
 
 @triton.jit(do_not_specialize=LENGTHS)
-def query_gradients(
+def window_query_gradients(
     q_ptr,
     k_ptr,
     v_ptr,
@@ -166,7 +166,7 @@ def through_queries(
 
 
 @triton.jit(do_not_specialize=LENGTHS)
-def key_gradients(
+def window_key_gradients(
     q_ptr,
     k_ptr,
     v_ptr,

@@ -9,8 +9,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from based.ops.packed import sequence_ids
-from based.ops.sliding_window_attention.kernels.gradients import key_gradients, query_gradients
-from based.ops.sliding_window_attention.kernels.outputs import attend
+from based.ops.sliding_window_attention.kernels.gradients import (
+    window_key_gradients,
+    window_query_gradients,
+)
+from based.ops.sliding_window_attention.kernels.outputs import window_outputs
 
 
 class Tiles(NamedTuple):
@@ -98,7 +101,7 @@ def forward(
     out, lse = q.new_empty(q.shape), q.new_empty((B, H, T), dtype=torch.float32)
     q, k, v = dense(q), dense(k), dense(v)
     options = call.options(call.tiles.attend)
-    attend[H, triton.cdiv(T, options["BQ"]), B](
+    window_outputs[H, triton.cdiv(T, options["BQ"]), B](
         *(q, k, v, out, lse, call.edges, call.past),
         *strides(q, k, v),
         *(T, S, H, call.window),
@@ -126,11 +129,11 @@ def backward(
     q, k, v, d_out = dense(q), dense(k), dense(v), dense(d_out)
     shared = (*strides(q, k, v, d_out), T, S, H, call.window)
     options = call.options(call.tiles.query_gradients)
-    query_gradients[H, triton.cdiv(T, options["BQ"]), B](
+    window_query_gradients[H, triton.cdiv(T, options["BQ"]), B](
         *(q, k, v, out, d_out, lse, delta, d_q, call.edges, call.past), *shared, **options
     )
     options = call.options(call.tiles.key_gradients)
-    key_gradients[H, triton.cdiv(S, options["BK"]), B](
+    window_key_gradients[H, triton.cdiv(S, options["BK"]), B](
         *(q, k, v, d_out, lse, delta, d_k, d_v, call.edges, call.past), *shared, **options
     )
     return d_q, d_k, d_v

@@ -54,7 +54,7 @@ def add_keys(
 
 
 @triton.jit(do_not_specialize=LENGTHS)
-def attend(
+def window_outputs(
     q_ptr,
     k_ptr,
     v_ptr,

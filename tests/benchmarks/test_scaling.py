@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.append(str(Path(__file__).parents[1] / "training"))
 
@@ -14,7 +15,9 @@ from benchmarks.scaling import Options
 
 
 @pytest.fixture
-def options(tmp_path: Path) -> Options:
+def options(tmp_path: Path, monkeypatch) -> Options:
+    # The ranks have one thread each, and rows of another number are another device's.
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     return Options(
         gpus=(1, 2),
         models=("based-tiny",),

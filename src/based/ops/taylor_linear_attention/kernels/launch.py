@@ -9,11 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from based.ops.taylor_linear_attention.features import num_features
-from based.ops.taylor_linear_attention.kernels.gradients import (
-    key_gradients,
-    query_gradients,
-    sum_deltas,
-)
+from based.ops.taylor_linear_attention.kernels.gradients import key_gradients, query_gradients
 from based.ops.taylor_linear_attention.kernels.outputs import attend
 from based.ops.taylor_linear_attention.kernels.segments import Segments, divide, divide_evenly
 from based.ops.taylor_linear_attention.kernels.states import carry_states, sum_states
@@ -84,18 +80,16 @@ class Shape(NamedTuple):
 
     def constants(self, tiles: dict[str, int], BV: int) -> dict[str, Any]:
         """What all kernels take."""
-        K = self.K
+        K, KP = self.K, max(16, triton.next_power_of_2(self.K))
         return {
             **tiles,
-            "BF": min(tiles["BF"], triton.next_power_of_2(K * K // 2)),
+            "BF": min(tiles["BF"], triton.next_power_of_2(K // 2 * KP)),
             "BV": min(BV, max(16, triton.next_power_of_2(self.V))),
-            "BR": max(64, triton.next_power_of_2(1 + K + K // 2)),
             "K": K,
-            "KP": max(16, triton.next_power_of_2(K)),
+            "KP": KP,
             "V": self.V,
             "F": num_features(K),
             "SCALE": K**-0.5,
-            "LENGTH": LENGTH,
             "PRECISION": "tf32x3" if self.dtype == torch.float32 else "tf32",
         }
 
@@ -129,9 +123,9 @@ def run_states(
     x: Float[Tensor, "1 BT H K"],
     y: Float[Tensor, "1 BT H V"],
     beyond: tuple[Tensor | None, Tensor | None],
-    queries: tuple[Tensor, Tensor] | None = None,
+    delta: Float[Tensor, "H BT"] | None = None,
 ) -> tuple[States, Tensor, Tensor]:
-    """All states, and their totals by sequence; with `queries` (denominator, delta), gradients.
+    """All states, and their totals by sequence; with `delta`, gradients.
 
     `beyond` is what the running sums start from: the initial state, or the
     gradient of the final one.
@@ -145,17 +139,20 @@ def run_states(
         x.new_empty((S, H, F), dtype=torch.float32),
     )
     constants = shape.constants(shape.tiles.states, BV=128)
-    tiles = triton.cdiv(shape.K**2 // 2, constants["BF"]) * triton.cdiv(V, constants["BV"])
-    sum_states[S, H, tiles](
+    features = shape.K // 2 * constants["KP"]
+    tiles = triton.cdiv(features, constants["BF"]) * triton.cdiv(V, constants["BV"])
+    sum_states[S * H, tiles](
         x,
         y,
-        *(queries or (states.normaliser, states.normaliser)),
+        states.normaliser if delta is None else delta,
         segments.strips,
         *states,
         *x.stride()[1:3],
         *y.stride()[1:3],
+        x.shape[1],
         H,
-        QUERIES=queries is not None,
+        QUERIES=delta is not None,
+        LENGTH=LENGTH,
         **constants,
     )
     if beyond[0] is None and not segments.carried:
@@ -173,7 +170,7 @@ def run_states(
             H,
             E,
             HAS_INITIAL=start is not None,
-            REVERSE=queries is not None,
+            REVERSE=delta is not None,
             BLOCK=256,
             GROUP=16,
         )
@@ -202,12 +199,13 @@ def forward(
     cu_seqlens: Int[Tensor, " E"] | None,
     want_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, States]:
-    """Outputs, final state, the outputs' denominators [B, T, H], and the states before segments.
+    """Outputs, final state, 1 / the outputs' denominators [H, B T], and states before segments.
 
     The final state has no elements if it is not wanted and not needed.
     """
     shape, segments = Shape.of(q, v), segments_of(q, cu_seqlens)
-    out, below = v.new_empty(v.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
+    out = v.new_empty(v.shape)
+    inverse = q.new_empty((q.shape[2], q.shape[0] * q.shape[1]), dtype=torch.float32)
     states = States(q.new_empty(0, dtype=shape.dtype), *nothing(q, 3))
     final, final_normaliser = nothing(q, 2)
     q, k, v = flat(q), flat(k), flat(v)
@@ -215,21 +213,22 @@ def forward(
         beyond = (numerator, denominator)
         states, final, final_normaliser = run_states(shape, segments, k, v, beyond)
     constants = shape.constants(shape.tiles.attend, BV=128)
-    attend[len(segments.segments), shape.heads, triton.cdiv(shape.V, constants["BV"])](
+    attend[len(segments.segments) * shape.heads, triton.cdiv(shape.V, constants["BV"])](
         q,
         k,
         v,
         out,
-        below,
+        inverse,
         segments.segments,
         *states,
         *(stride for x in (q, k, v) for stride in x.stride()[1:3]),
+        q.shape[1],
         shape.heads,
         HAS_STATE=states.strip_numerator.numel() > 0,
         DTYPE=shape.products,
         **constants,
     )
-    return out, final, final_normaliser, below, states
+    return out, final, final_normaliser, inverse, states
 
 
 def backward(
@@ -238,7 +237,7 @@ def backward(
     v: Float[Tensor, "B T H V"],
     cu_seqlens: Int[Tensor, " E"] | None,
     out: Float[Tensor, "B T H V"],
-    below: Float[Tensor, "B T H"],
+    inverse: Float[Tensor, "H BT"],
     states: States,
     d_out: Float[Tensor, "B T H V"],
     d_numerator: Float[Tensor, "N H F V"] | None,
@@ -247,59 +246,52 @@ def backward(
     """Gradients of q, k, v and of the initial state (without elements if there was none)."""
     shape, segments = Shape.of(q, v), segments_of(q, cu_seqlens)
     d_q, d_k, d_v = (x.new_empty(x.shape) for x in (q, k, v))
-    delta = torch.empty_like(below)
+    delta = torch.empty_like(inverse)
     q, k, v, d_out = flat(q), flat(k), flat(v), flat(d_out)
+    g = v.new_empty(v.shape, dtype=shape.dtype)
     H, M, T = shape.heads, len(segments.segments), q.shape[1]
-    tiles = shape.tiles
-    sum_deltas[triton.cdiv(T, 64), H](
-        out,
-        d_out,
-        delta,
-        *d_out.stride()[1:3],
-        T,
-        H,
-        V=shape.V,
-        BV=max(16, triton.next_power_of_2(shape.V)),
-        BT=64,
-    )
-    after = States(q.new_empty(0, dtype=shape.dtype), *nothing(q, 3))
-    d_initial, d_initial_normaliser = nothing(q, 2)
-    if states.numerator.numel() or d_numerator is not None:
-        after, d_initial, d_initial_normaliser = run_states(
-            shape, segments, q, d_out, (d_numerator, d_denominator), (below, delta)
-        )
-    strides = [stride for x in (q, k, v, d_out) for stride in x.stride()[1:3]]
-    query_gradients[M, H](
+    strides = [stride for x in (q, k, v) for stride in x.stride()[1:3]]
+    query_gradients[(M * H,)](
         q,
         k,
         v,
+        out,
         d_out,
-        below,
+        inverse,
+        g,
         delta,
         d_q,
         segments.segments,
         *states,
         *strides,
+        *d_out.stride()[1:3],
+        T,
         H,
         HAS_STATE=states.strip_numerator.numel() > 0,
         DTYPE=shape.products,
-        **shape.constants(tiles.query_gradients, BV=256),
+        **shape.constants(shape.tiles.query_gradients, BV=256),
     )
-    key_gradients[M, H](
+    after = States(q.new_empty(0, dtype=shape.dtype), *nothing(q, 3))
+    d_initial, d_initial_normaliser = nothing(q, 2)
+    if states.numerator.numel() or d_numerator is not None:
+        after, d_initial, d_initial_normaliser = run_states(
+            shape, segments, q, g, (d_numerator, d_denominator), delta
+        )
+    key_gradients[(M * H,)](
         q,
         k,
         v,
-        d_out,
-        below,
+        g,
         delta,
         d_k,
         d_v,
         segments.segments,
         *after,
         *strides,
+        T,
         H,
         HAS_STATE=after.strip_numerator.numel() > 0,
         DTYPE=shape.products,
-        **shape.constants(tiles.key_gradients, BV=256),
+        **shape.constants(shape.tiles.key_gradients, BV=256),
     )
     return d_q, d_k, d_v, d_initial, d_initial_normaliser

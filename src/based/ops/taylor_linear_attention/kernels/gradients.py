@@ -109,9 +109,17 @@ def query_gradients(
                 mask=real[:, None] & (value < V)[None, :],
             )
             d_q = tl.zeros([BQ, KP], tl.float32)
+            for key in tl.static_range(0, BQ, BK):
+                index = first + key + tl.arange(0, BK)
+                k = load_tile(k_ptr, index, k_stride_t, feature, index < length, K).to(DTYPE)
+                v = load_tile(v_ptr, index, v_stride_t, value, index < length, V).to(DTYPE)
+                d_a = dot(g, tl.trans(v), PRECISION) + delta[:, None]
+                d_s = d_a * (SCALE + SCALE * SCALE * dot(q, tl.trans(k), PRECISION))
+                d_s = tl.where(index[None, :] <= token[:, None], d_s, 0.0)
+                d_q = dot_add(d_s.to(DTYPE), k, d_q, PRECISION)
             if inside | HAS_STATE:
                 x, rolled, terms = mix(q, matrix, KP, PRECISION)
-                d_q = delta[:, None] * (terms + vector[None, :])
+                d_q += delta[:, None] * (terms + vector[None, :])
                 d_q += through_rest(g, rolled, SCALE, rest, KP, PRECISION)
                 second = dot(q, selector, PRECISION)
                 d_phi = dot(g, tl.trans(rows), PRECISION)
@@ -134,14 +142,6 @@ def query_gradients(
                 v = load_tile(v_ptr, index, v_stride_t, value, index < length, V).to(DTYPE)
                 d_a = dot(g, tl.trans(v), PRECISION) + delta[:, None]
                 d_s = d_a * (SCALE + SCALE * SCALE * dot(q, tl.trans(k), PRECISION))
-                d_q = dot_add(d_s.to(DTYPE), k, d_q, PRECISION)
-            for key in tl.static_range(0, BQ, BK):
-                index = first + key + tl.arange(0, BK)
-                k = load_tile(k_ptr, index, k_stride_t, feature, index < length, K).to(DTYPE)
-                v = load_tile(v_ptr, index, v_stride_t, value, index < length, V).to(DTYPE)
-                d_a = dot(g, tl.trans(v), PRECISION) + delta[:, None]
-                d_s = d_a * (SCALE + SCALE * SCALE * dot(q, tl.trans(k), PRECISION))
-                d_s = tl.where(index[None, :] <= token[:, None], d_s, 0.0)
                 d_q = dot_add(d_s.to(DTYPE), k, d_q, PRECISION)
             tl.store(
                 d_q_ptr + token[:, None] * H * K + feature[None, :],
@@ -219,9 +219,23 @@ def key_gradients(
             v = load_tile(v_ptr, index, v_stride_t, value, real, V).to(DTYPE)
             d_k = tl.zeros([BK, KP], tl.float32)
             d_v = tl.zeros([BK, BV], tl.float32)
+            for query in tl.static_range(0, BK, BQ):
+                token = first + query + tl.arange(0, BQ)
+                known = token < length
+                q = load_tile(q_ptr, token, q_stride_t, feature, known, K).to(DTYPE)
+                g = load_tile(g_ptr, token, H * V, value, known, V)
+                delta = tl.load(delta_ptr + token, mask=known, other=0.0)
+                causal = index[:, None] <= token[None, :]
+                s = dot(k, tl.trans(q), PRECISION)
+                a = tl.where(causal, 1 + s * (SCALE + s * (0.5 * SCALE * SCALE)), 0.0)
+                d_v = dot_add(a.to(DTYPE), g, d_v, PRECISION)
+                d_a = dot(v, tl.trans(g), PRECISION) + delta[None, :]
+                d_s = tl.where(causal, d_a * (SCALE + SCALE * SCALE * s), 0.0)
+                d_k = dot_add(d_s.to(DTYPE), q, d_k, PRECISION)
             if inside | HAS_STATE:
                 x, rolled, terms = mix(k, matrix, KP, PRECISION)
-                d_k = terms + vector[None, :] + through_rest(v, rolled, 1.0, rest, KP, PRECISION)
+                d_k += terms + vector[None, :]
+                d_k += through_rest(v, rolled, 1.0, rest, KP, PRECISION)
                 d_v += constant[None, :]
                 d_v = add_rest(x, rolled, 1.0, rest, d_v, KP, PRECISION)
                 second = dot(k, selector, PRECISION)
@@ -242,19 +256,6 @@ def key_gradients(
                     d_v = dot_add(times_first(x, second, KP).to(DTYPE), other, d_v, PRECISION)
                     d_phi = dot(v, tl.trans(other), PRECISION)
                     d_k += through_diagonals(x, second, d_phi, others, KP, PRECISION)
-            for query in tl.static_range(0, BK, BQ):
-                token = first + query + tl.arange(0, BQ)
-                known = token < length
-                q = load_tile(q_ptr, token, q_stride_t, feature, known, K).to(DTYPE)
-                g = load_tile(g_ptr, token, H * V, value, known, V)
-                delta = tl.load(delta_ptr + token, mask=known, other=0.0)
-                causal = index[:, None] <= token[None, :]
-                s = dot(k, tl.trans(q), PRECISION)
-                a = tl.where(causal, 1 + s * (SCALE + s * (0.5 * SCALE * SCALE)), 0.0)
-                d_v = dot_add(a.to(DTYPE), g, d_v, PRECISION)
-                d_a = dot(v, tl.trans(g), PRECISION) + delta[None, :]
-                d_s = tl.where(causal, d_a * (SCALE + SCALE * SCALE * s), 0.0)
-                d_k = dot_add(d_s.to(DTYPE), q, d_k, PRECISION)
             # Past the end q, g and delta are 0, and so is what they add.
             for query in range(first + BK, length, BQ):
                 token = query + tl.arange(0, BQ)

@@ -90,9 +90,17 @@ def attend(
             q = load_tile(q_ptr, token, q_stride_t, feature, real, K).to(DTYPE)
             acc = tl.zeros([BQ, BV], tl.float32)
             below = tl.zeros([BQ], tl.float32)
+            # The nearest keys first: their loads and q's are then one wait.
+            for key in tl.static_range(0, BQ, BK):
+                index = first + key + tl.arange(0, BK)
+                k = load_tile(k_ptr, index, k_stride_t, feature, index < length, K).to(DTYPE)
+                v = load_tile(v_ptr, index, v_stride_t, value, index < length, V).to(DTYPE)
+                a = scores(q, k, token, index, True, SCALE, PRECISION)
+                below += tl.sum(a, 1)
+                acc = dot_add(a.to(DTYPE), v, acc, PRECISION)
             if inside | HAS_STATE:
                 x, rolled, terms = mix(q, matrix, KP, PRECISION)
-                below = tl.sum(x * (0.5 * terms + vector[None, :]), 1) + count
+                below += tl.sum(x * (0.5 * terms + vector[None, :]), 1) + count
                 acc += constant[None, :]
                 acc = add_rest(x, rolled, SCALE, rest, acc, KP, PRECISION)
                 phi = times_first(x, dot(q, selector, PRECISION), KP).to(DTYPE)
@@ -111,13 +119,6 @@ def attend(
                 k = load_tile(k_ptr, index, k_stride_t, feature, index < length, K).to(DTYPE)
                 v = load_tile(v_ptr, index, v_stride_t, value, index < length, V).to(DTYPE)
                 a = scores(q, k, token, index, False, SCALE, PRECISION)
-                below += tl.sum(a, 1)
-                acc = dot_add(a.to(DTYPE), v, acc, PRECISION)
-            for key in tl.static_range(0, BQ, BK):
-                index = first + key + tl.arange(0, BK)
-                k = load_tile(k_ptr, index, k_stride_t, feature, index < length, K).to(DTYPE)
-                v = load_tile(v_ptr, index, v_stride_t, value, index < length, V).to(DTYPE)
-                a = scores(q, k, token, index, True, SCALE, PRECISION)
                 below += tl.sum(a, 1)
                 acc = dot_add(a.to(DTYPE), v, acc, PRECISION)
             inverse = 1 / below

@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 # The first pattern that a kernel's name matches is its kind.
 KINDS = {
-    "Taylor linear attention": r"taylor|sum_states|carry_states|attend|sum_deltas|(query|key)_grad",
+    "Taylor linear attention": r"taylor|sum_states|carry_states|attend|(query|key)_grad",
     "attention": r"flash|fmha|sdpa|mha_|window",
     "scan": r"scan|chunk_state|ssd",
     "convolution": r"conv",

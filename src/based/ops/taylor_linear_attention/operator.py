@@ -204,7 +204,9 @@ def _backward_fake(
     d_denominator: Tensor | None,
 ) -> tuple[Tensor, ...]:
     grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
-    initial = [q.new_empty(0, dtype=torch.float32 if inverse.numel() else q.dtype) for _ in range(2)]
+    initial = [
+        q.new_empty(0, dtype=torch.float32 if inverse.numel() else q.dtype) for _ in range(2)
+    ]
     if numerator is not None and denominator is not None:
         initial = [torch.empty_like(numerator), torch.empty_like(denominator)]
     return *grads, *initial

@@ -42,19 +42,21 @@ class Tiles(NamedTuple):
 
 
 def _tiles(K: int, V: int, wide: bool) -> Tiles:
-    one = {"num_warps": 4, "num_stages": 1}
+    """docs/kernels.md says what each choice costs in registers and shared memory."""
+    one = {"BV": 128, "num_warps": 4, "num_stages": 1}
     square = {"BF": 64, "BQ": 64, "BK": 64, **one}
     if wide or V > 128:
         # float32 operands, or heads twice as wide, fill the shared memory sooner.
         small = {"BF": 32, "BQ": 32, "BK": 32, **one}
-        return Tiles({"BF": 64, "C": 32, **one}, small, small, small)
+        gradients = {**small, "BV": 256}
+        return Tiles({"BF": 64, "C": 32, **one}, small, gradients, gradients)
     if K > 16:
         # Several tiles make the loop conditional, and Triton 3.6 pipelines that wrongly.
         states = {"BF": 128, "C": 64, **one}
     elif V > 64:
-        states = {"BF": 128, "C": 64, "num_warps": 8, "num_stages": 3}
+        states = {"BF": 128, "BV": 128, "C": 64, "num_warps": 8, "num_stages": 3}
     else:
-        states = {"BF": 128, "C": 32, "num_warps": 4, "num_stages": 4}
+        states = {"BF": 128, "BV": 128, "C": 32, "num_warps": 4, "num_stages": 4}
     # Four programs a multiprocessor, where the registers allow it.
     return Tiles(states, {**square, "maxnreg": 128} if V <= 64 else square, square, square)
 
@@ -78,13 +80,13 @@ class Shape(NamedTuple):
         """The kernels' configurations."""
         return _tiles(self.K, self.V, self.dtype == torch.float32)
 
-    def constants(self, tiles: dict[str, int], BV: int) -> dict[str, Any]:
+    def constants(self, tiles: dict[str, int]) -> dict[str, Any]:
         """What all kernels take."""
         K, KP = self.K, max(16, triton.next_power_of_2(self.K))
         return {
             **tiles,
             "BF": min(tiles["BF"], triton.next_power_of_2(K // 2 * KP)),
-            "BV": min(BV, max(16, triton.next_power_of_2(self.V))),
+            "BV": min(tiles["BV"], max(16, triton.next_power_of_2(self.V))),
             "K": K,
             "KP": KP,
             "V": self.V,
@@ -138,7 +140,7 @@ def run_states(
         x.new_empty((S, H, F, V), dtype=torch.float32),
         x.new_empty((S, H, F), dtype=torch.float32),
     )
-    constants = shape.constants(shape.tiles.states, BV=128)
+    constants = shape.constants(shape.tiles.states)
     features = shape.K // 2 * constants["KP"]
     tiles = triton.cdiv(features, constants["BF"]) * triton.cdiv(V, constants["BV"])
     sum_states[S * H, tiles](
@@ -212,7 +214,7 @@ def forward(
     if want_state or numerator is not None or q.shape[1] > LENGTH * out.shape[0]:
         beyond = (numerator, denominator)
         states, final, final_normaliser = run_states(shape, segments, k, v, beyond)
-    constants = shape.constants(shape.tiles.attend, BV=128)
+    constants = shape.constants(shape.tiles.attend)
     attend[len(segments.segments) * shape.heads, triton.cdiv(shape.V, constants["BV"])](
         q,
         k,
@@ -269,7 +271,7 @@ def backward(
         H,
         HAS_STATE=states.strip_numerator.numel() > 0,
         DTYPE=shape.products,
-        **shape.constants(shape.tiles.query_gradients, BV=256),
+        **shape.constants(shape.tiles.query_gradients),
     )
     after = States(q.new_empty(0, dtype=shape.dtype), *nothing(q, 3))
     d_initial, d_initial_normaliser = nothing(q, 2)
@@ -292,6 +294,6 @@ def backward(
         H,
         HAS_STATE=after.strip_numerator.numel() > 0,
         DTYPE=shape.products,
-        **shape.constants(shape.tiles.key_gradients, BV=256),
+        **shape.constants(shape.tiles.key_gradients),
     )
     return d_q, d_k, d_v, d_initial, d_initial_normaliser

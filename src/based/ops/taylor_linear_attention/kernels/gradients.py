@@ -100,8 +100,9 @@ def query_gradients(
             d_out = load_tile(d_out_ptr, token, d_stride_t, value, real, V).to(tl.float32)
             out = load_tile(out_ptr, token, H * V, value, real, V).to(tl.float32)
             inverse = tl.load(inverse_ptr + token, mask=real, other=0.0)
-            delta = -tl.sum(out * d_out, 1) * inverse
             g = (d_out * inverse[:, None]).to(DTYPE)
+            # Of g as it was rounded: what v has in common cancels in g . (v - out).
+            delta = -tl.sum(out * g.to(tl.float32), 1)
             tl.store(delta_ptr + token, delta, mask=real)
             tl.store(
                 g_ptr + token[:, None] * H * V + value[None, :],

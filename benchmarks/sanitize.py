@@ -25,6 +25,7 @@ from based.models import Decoder, DecoderConfig
 from based.ops.stacked_cross_entropy import stacked_cross_entropy
 from based.ops.taylor_linear_attention import num_features
 from based.ops.taylor_linear_attention.kernels import launch
+from based.ops.taylor_linear_attention.operator import _unsupported
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LENGTH, HEADS = 333, 3
@@ -84,7 +85,7 @@ def main() -> None:
     launch.PROGRAMS = 2
     dtypes = torch.bfloat16, torch.float16, torch.float32
     for case in product((8, 16, 24, 32), (17, 64, 112), dtypes, (False, True)):
-        if any(x.isnan().any() for x in taylor(*case)):
+        if _unsupported(*case[:3]) is None and any(x.isnan().any() for x in taylor(*case)):
             raise SystemExit(f"NaN at feature_dim, head_dim, dtype, packed = {case}")
     mixers()
     decoding()

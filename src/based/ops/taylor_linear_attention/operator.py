@@ -72,8 +72,9 @@ def _unsupported(feature_dim: int, head_dim: int, dtype: torch.dtype) -> str | N
         reason = f"feature_dim {feature_dim} is not one of {FEATURE_DIMS}"
     elif head_dim > LARGEST_HEAD_DIM:
         reason = f"head_dim {head_dim} is over {LARGEST_HEAD_DIM}"
-    elif dtype == torch.float32 and head_dim > LARGEST_HEAD_DIM // 2:
-        reason = f"float32 with a head_dim over {LARGEST_HEAD_DIM // 2}"
+    elif dtype == torch.float32 and head_dim > (limit := 128 if feature_dim <= 16 else 64):
+        # States would not fit the shared memory: each is split in two, for tf32x3.
+        reason = f"float32 with a head_dim over {limit}, at feature_dim {feature_dim}"
     elif dtype not in DTYPES:
         reason = f"dtype {dtype} is not one of {', '.join(map(str, DTYPES))}"
     elif find_spec("triton") is None:

@@ -129,7 +129,7 @@ def query_gradients(
                     second = dot(q, selector1, PRECISION)
                     d_phi = dot(g, tl.trans(rows1), PRECISION)
                     d_q += through_diagonals(x, second, d_phi, selector1, KP, PRECISION)
-                for tile in tl.static_range(2, TILES):
+                for tile in range(2, TILES):
                     other = load_diagonals(
                         state, inside, HAS_STATE, tile, value, K, KP, V, BF, DTYPE
                     )
@@ -248,7 +248,7 @@ def key_gradients(
                     d_v = dot_add(times_first(x, second, KP).to(DTYPE), rows1, d_v, PRECISION)
                     d_phi = dot(v, tl.trans(rows1), PRECISION)
                     d_k += through_diagonals(x, second, d_phi, selector1, KP, PRECISION)
-                for tile in tl.static_range(2, TILES):
+                for tile in range(2, TILES):
                     other = load_diagonals(
                         state, inside, HAS_STATE, tile, value, K, KP, V, BF, DTYPE
                     )

@@ -108,7 +108,7 @@ def attend(
                 if TILES > 1:
                     phi = times_first(x, dot(q, selector1, PRECISION), KP).to(DTYPE)
                     acc = dot_add(phi, rows1, acc, PRECISION)
-                for tile in tl.static_range(2, TILES):
+                for tile in range(2, TILES):
                     other = load_diagonals(
                         state, inside, HAS_STATE, tile, value, K, KP, V, BF, DTYPE
                     )

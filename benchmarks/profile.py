@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 # The first pattern that a kernel's name matches is its kind.
 KINDS = {
     "attention": r"flash|fmha|sdpa|mha_|window",
-    "Taylor linear attention": r"taylor|sum_states|carry_states|attend|sum_deltas|(query|key)_grad",
+    "Taylor linear attention": r"taylor|sum_states|carry_states|attend|(query|key)_grad",
     "scan": r"scan|chunk_state|ssd",
     "convolution": r"conv",
     "communication": r"nccl",

@@ -92,6 +92,8 @@ def test_what_no_kernel_takes_is_said_once() -> None:
         _unsupported(16, 300, torch.float32)
     with pytest.warns(UserWarning, match="float32 with a head_dim over 128"):
         _unsupported(16, 192, torch.float32)
+    with pytest.warns(UserWarning, match="float32 with a head_dim over 64"):
+        _unsupported(32, 112, torch.float32)
     assert _unsupported(16, 112, torch.bfloat16) is None
     _unsupported.cache_clear()
 

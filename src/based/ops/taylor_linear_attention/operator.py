@@ -72,8 +72,9 @@ def _unsupported(feature_dim: int, head_dim: int, dtype: torch.dtype) -> str | N
         reason = f"feature_dim {feature_dim} is not one of {FEATURE_DIMS}"
     elif head_dim > LARGEST_HEAD_DIM:
         reason = f"head_dim {head_dim} is over {LARGEST_HEAD_DIM}"
-    elif dtype == torch.float32 and head_dim > LARGEST_HEAD_DIM // 2:
-        reason = f"float32 with a head_dim over {LARGEST_HEAD_DIM // 2}"
+    elif dtype == torch.float32 and head_dim > (limit := 128 if feature_dim <= 16 else 64):
+        # States would not fit the shared memory: each is split in two, for tf32x3.
+        reason = f"float32 with a head_dim over {limit}, at feature_dim {feature_dim}"
     elif dtype not in DTYPES:
         reason = f"dtype {dtype} is not one of {', '.join(map(str, DTYPES))}"
     elif find_spec("triton") is None:
@@ -95,7 +96,7 @@ def _forward(
     cu_seqlens: Tensor | None,
     want_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Outputs, final state, denominators of the outputs, and the four tensors of `States`."""
+    """Outputs, final state, 1 / denominators of the outputs, the four tensors of `States`."""
     if q.is_cuda and _unsupported(q.shape[3], v.shape[3], q.dtype) is None:
         from based.ops.taylor_linear_attention.kernels import launch
 
@@ -127,15 +128,15 @@ def _forward_fake(
 
     none = q.new_empty(0, dtype=torch.float32)
     dtype = launch.Shape.of(q, v).dtype
-    below = q.new_empty(B, T, H, dtype=torch.float32)
+    inverse = q.new_empty(H, B * T, dtype=torch.float32)
     if not (want_state or numerator is not None or T > launch.LENGTH):
-        return out, none, none.clone(), below, none.to(dtype), *(none.clone() for _ in range(3))
+        return out, none, none.clone(), inverse, none.to(dtype), *(none.clone() for _ in range(3))
     M, S, _ = launch.counts(q, cu_seqlens)
     states = q.new_empty(M, H, F, V, dtype=dtype), q.new_empty(M, H, F, dtype=torch.float32)
     strips = none, none.clone()
     if numerator is not None or cu_seqlens is not None or S > N:
         strips = q.new_empty(S, H, F, V, dtype=wide), q.new_empty(S, H, F, dtype=wide)
-    return out, *final, below, *states, *strips
+    return out, *final, inverse, *states, *strips
 
 
 @torch.library.custom_op("based::taylor_linear_attention_backward", mutates_args=())
@@ -147,14 +148,14 @@ def _backward(
     denominator: Tensor | None,
     cu_seqlens: Tensor | None,
     out: Tensor,
-    below: Tensor,
+    inverse: Tensor,
     states: list[Tensor],
     d_out: Tensor,
     d_numerator: Tensor | None,
     d_denominator: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and of the initial state; the last two empty if there was none."""
-    if below.numel():
+    if inverse.numel():
         from based.ops.taylor_linear_attention.kernels import launch
 
         *grads, d_initial, d_normaliser = launch.backward(
@@ -163,7 +164,7 @@ def _backward(
             v,
             cu_seqlens,
             out,
-            below,
+            inverse,
             launch.States(*states),
             d_out,
             d_numerator,
@@ -197,14 +198,16 @@ def _backward_fake(
     denominator: Tensor | None,
     cu_seqlens: Tensor | None,
     out: Tensor,
-    below: Tensor,
+    inverse: Tensor,
     states: list[Tensor],
     d_out: Tensor,
     d_numerator: Tensor | None,
     d_denominator: Tensor | None,
 ) -> tuple[Tensor, ...]:
     grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
-    initial = [q.new_empty(0, dtype=torch.float32 if below.numel() else q.dtype) for _ in range(2)]
+    initial = [
+        q.new_empty(0, dtype=torch.float32 if inverse.numel() else q.dtype) for _ in range(2)
+    ]
     if numerator is not None and denominator is not None:
         initial = [torch.empty_like(numerator), torch.empty_like(denominator)]
     return *grads, *initial
@@ -212,13 +215,13 @@ def _backward_fake(
 
 def _setup_context(ctx, inputs, output) -> None:
     q, k, v, numerator, denominator, cu_seqlens, _ = inputs
-    out, _, _, below, *states = output
+    out, _, _, inverse, *states = output
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, numerator, denominator, cu_seqlens, out, below, *states)
+    ctx.save_for_backward(q, k, v, numerator, denominator, cu_seqlens, out, inverse, *states)
 
 
 def _gradients(ctx, d_out, d_numerator, d_denominator, *_) -> tuple[Tensor | None, ...]:
-    q, k, v, numerator, denominator, cu_seqlens, out, below, *states = ctx.saved_tensors
+    q, k, v, numerator, denominator, cu_seqlens, out, inverse, *states = ctx.saved_tensors
     if d_out is None:
         d_out = torch.zeros_like(out)
     if d_numerator is not None or d_denominator is not None:
@@ -237,7 +240,7 @@ def _gradients(ctx, d_out, d_numerator, d_denominator, *_) -> tuple[Tensor | Non
         denominator,
         cu_seqlens,
         out,
-        below,
+        inverse,
         states,
         d_out,
         d_numerator,

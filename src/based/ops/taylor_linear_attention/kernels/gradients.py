@@ -1,59 +1,29 @@
 """Gradient kernels; products of pairs are computed anew, states come from `states.py`.
 
-With D_t = -(d_out_t . out_t), the derivative by a_ti is (d_out_t . v_i + D_t) /
-denominator_t, and a = 1 + s + s^2/2 has the derivative 1 + s.
+With g_t = d_out_t / denominator_t and delta_t = -(g_t . out_t), the derivative by
+a_ti is g_t . v_i + delta_t, and a = 1 + s + s^2/2 has the derivative 1 + s.
 """
 
 import triton
 import triton.language as tl
 
-from based.ops.taylor_linear_attention.kernels.features import (
-    diagonal_places,
-    diagonal_selectors,
-    diagonal_weights,
-    half_places,
-    half_selectors,
-    pair_places,
-    pair_weights,
+from based.ops.taylor_linear_attention.kernels.features import diagonal_selector
+from based.ops.taylor_linear_attention.kernels.reading import (
+    add_rest,
+    load_diagonals,
+    load_mixer,
+    load_normaliser,
+    load_numerator,
+    load_rest,
+    load_tile,
+    mix,
+    segment_of,
+    state_of,
+    through_diagonals,
+    through_rest,
+    times_first,
 )
-from based.ops.taylor_linear_attention.kernels.outputs import load_entries, load_rows
 from based.ops.tensor_core import dot, dot_add
-
-
-@triton.jit
-def sum_deltas(
-    out_ptr,
-    d_out_ptr,
-    delta_ptr,
-    d_stride_t,
-    d_stride_h,
-    T,
-    H,
-    V: tl.constexpr,
-    BV: tl.constexpr,
-    BT: tl.constexpr,
-):
-    """delta_t = -(d_out_t . out_t). Grid: blocks of tokens, heads."""
-    token = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
-    head = tl.program_id(1)
-    value = tl.arange(0, BV)
-    mask = (token < T)[:, None] & (value < V)[None, :]
-    row = token * H + head
-    out = tl.load(out_ptr + row[:, None] * V + value[None, :], mask=mask, other=0.0)
-    d_out = tl.load(
-        d_out_ptr + token[:, None] * d_stride_t + head * d_stride_h + value[None, :],
-        mask=mask,
-        other=0.0,
-    )
-    product = tl.sum(out.to(tl.float32) * d_out.to(tl.float32), 1)
-    tl.store(delta_ptr + row, -product, mask=token < T)
-
-
-@triton.jit
-def through_product(d_phi, u, w, P1, P2, d_x, dtype: tl.constexpr, PRECISION: tl.constexpr):
-    """Adds the gradient of x where phi = (x P1) * (x P2) = u * w."""
-    d_x = dot_add((d_phi * w).to(dtype), tl.trans(P1), d_x, PRECISION)
-    return dot_add((d_phi * u).to(dtype), tl.trans(P2), d_x, PRECISION)
 
 
 @triton.jit
@@ -61,9 +31,11 @@ def query_gradients(
     q_ptr,
     k_ptr,
     v_ptr,
+    out_ptr,
     d_out_ptr,
-    denominator_ptr,
-    delta_ptr,
+    inverse_ptr,  # 1 / denominators of the outputs, [H, T]
+    g_ptr,  # [T, H, V]
+    delta_ptr,  # [H, T]
     d_q_ptr,
     segments_ptr,
     numerator_ptr,
@@ -78,6 +50,7 @@ def query_gradients(
     v_stride_h,
     d_stride_t,
     d_stride_h,
+    T,
     H,
     HAS_STATE: tl.constexpr,
     K: tl.constexpr,
@@ -85,151 +58,95 @@ def query_gradients(
     V: tl.constexpr,
     F: tl.constexpr,
     BF: tl.constexpr,
-    BR: tl.constexpr,
     BV: tl.constexpr,
     BQ: tl.constexpr,
     BK: tl.constexpr,
-    LENGTH: tl.constexpr,
     SCALE: tl.constexpr,
     PRECISION: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """d_q, [T, H, K]. Grid: segments, heads."""
-    TILES: tl.constexpr = (K * K // 2 + BF - 1) // BF
-    segment, head = tl.program_id(0), tl.program_id(1)
-    begin = tl.load(segments_ptr + segment * 6 + 1)
-    end = tl.load(segments_ptr + segment * 6 + 2)
-    strip = tl.load(segments_ptr + segment * 6 + 3).to(tl.int64)
-    in_segment = tl.load(segments_ptr + segment * 6 + 4) > 0
-    if begin < end:
+    """d_q, [T, H, K], and g and delta for the kernels after it. Grid: segments x heads."""
+    TILES: tl.constexpr = (K // 2 * KP + BF - 1) // BF
+    segment, head, begin, length, strip = segment_of(segments_ptr, H)
+    inside = tl.load(segments_ptr + segment * 6 + 4) > 0
+    if length > 0:
         feature = tl.arange(0, KP)
         value = tl.arange(0, BV)
-        q_ptr += begin.to(tl.int64) * q_stride_t + head * q_stride_h
-        k_ptr += begin.to(tl.int64) * k_stride_t + head * k_stride_h
-        v_ptr += begin.to(tl.int64) * v_stride_t + head * v_stride_h
-        d_out_ptr += begin.to(tl.int64) * d_stride_t + head * d_stride_h
-        denominator_ptr += begin.to(tl.int64) * H + head
-        delta_ptr += begin.to(tl.int64) * H + head
-        numerator_ptr += (segment.to(tl.int64) * H + head) * F * V
-        normaliser_ptr += (segment.to(tl.int64) * H + head) * F
-        strip_numerator_ptr += (strip * H + head) * F * V
-        strip_normaliser_ptr += (strip * H + head) * F
-        with_state = in_segment | HAS_STATE
+        q_ptr += begin * q_stride_t + head * q_stride_h
+        k_ptr += begin * k_stride_t + head * k_stride_h
+        v_ptr += begin * v_stride_t + head * v_stride_h
+        out_ptr += (begin * H + head) * V
+        d_out_ptr += begin * d_stride_t + head * d_stride_h
+        inverse_ptr += head.to(tl.int64) * T + begin
+        g_ptr += (begin * H + head) * V
+        delta_ptr += head.to(tl.int64) * T + begin
+        d_q_ptr += (begin * H + head) * K
+        state = (numerator_ptr, normaliser_ptr, strip_numerator_ptr, strip_normaliser_ptr)
+        state = state_of(state, segment, strip, head, H, F, V)
 
-        rows, exists = diagonal_places(0, K, BF)
-        state = load_rows(
-            numerator_ptr, strip_numerator_ptr, in_segment, HAS_STATE, rows, exists, value, V
-        )
-        state = (state * diagonal_weights(0, K, BF)[:, None]).to(DTYPE)
-        P1, P2 = diagonal_selectors(0, K, KP, BF)
-        P1, P2 = P1.to(DTYPE), P2.to(DTYPE)
+        rows = load_diagonals(state, inside, HAS_STATE, 0, value, K, KP, V, BF, DTYPE)
+        selector = diagonal_selector(0, K, KP, BF, True).to(DTYPE)
         if TILES > 1:
-            rows, exists = diagonal_places(1, K, BF)
-            second = load_rows(
-                numerator_ptr, strip_numerator_ptr, in_segment, HAS_STATE, rows, exists, value, V
-            )
-            second = (second * diagonal_weights(1, K, BF)[:, None]).to(DTYPE)
-            S1, S2 = diagonal_selectors(1, K, KP, BF)
-            S1, S2 = S1.to(DTYPE), S2.to(DTYPE)
-        rows, exists = half_places(K, KP)
-        half = load_rows(
-            numerator_ptr, strip_numerator_ptr, in_segment, HAS_STATE, rows, exists, value, V
-        )
-        half = (half * (0.5 / K)).to(DTYPE)
-        H1, H2 = half_selectors(K, KP)
-        H1, H2 = H1.to(DTYPE), H2.to(DTYPE)
-        linear = load_rows(
-            numerator_ptr,
-            strip_numerator_ptr,
-            in_segment,
-            HAS_STATE,
-            1 + feature,
-            feature < K,
-            value,
-            V,
-        )
-        linear = (linear * SCALE).to(DTYPE)
-        entry, exists = pair_places(K, KP)
-        pairs = load_entries(
-            normaliser_ptr, strip_normaliser_ptr, in_segment, HAS_STATE, entry, exists
-        )
-        pairs *= pair_weights(K, KP)
-        pairs += tl.trans(pairs)
-        vector = load_entries(
-            normaliser_ptr, strip_normaliser_ptr, in_segment, HAS_STATE, 1 + feature, feature < K
-        )
-        vector *= SCALE
-        d_q_ptr += (begin.to(tl.int64) * H + head) * K
+            rows1 = load_diagonals(state, inside, HAS_STATE, 1, value, K, KP, V, BF, DTYPE)
+            selector1 = diagonal_selector(1, K, KP, BF, True).to(DTYPE)
+        rest = load_rest(state, inside, HAS_STATE, value, K, KP, V, DTYPE)
+        matrix = load_mixer(state, inside, HAS_STATE, K, KP, True, DTYPE)
+        vector = load_normaliser(state, inside, HAS_STATE, 1 + feature, feature < K) * SCALE
 
-        for first in range(0, end - begin, BQ):
+        for first in range(0, length, BQ):
             token = first + tl.arange(0, BQ)
-            real = token < end - begin
-            q = tl.load(
-                q_ptr + token[:, None] * q_stride_t + feature[None, :],
-                mask=real[:, None] & (feature < K)[None, :],
-                other=0.0,
-            ).to(DTYPE)
-            d_out = tl.load(
-                d_out_ptr + token[:, None] * d_stride_t + value[None, :],
+            real = token < length
+            q = load_tile(q_ptr, token, q_stride_t, feature, real, K).to(DTYPE)
+            d_out = load_tile(d_out_ptr, token, d_stride_t, value, real, V).to(tl.float32)
+            out = load_tile(out_ptr, token, H * V, value, real, V).to(tl.float32)
+            inverse = tl.load(inverse_ptr + token, mask=real, other=0.0)
+            g = (d_out * inverse[:, None]).to(DTYPE)
+            # Of g as it was rounded: what v has in common cancels in g . (v - out).
+            delta = -tl.sum(out * g.to(tl.float32), 1)
+            tl.store(delta_ptr + token, delta, mask=real)
+            tl.store(
+                g_ptr + token[:, None] * H * V + value[None, :],
+                g,
                 mask=real[:, None] & (value < V)[None, :],
-                other=0.0,
-            ).to(DTYPE)
-            inverse = 1 / tl.load(denominator_ptr + token * H, mask=real, other=1.0)
-            delta = tl.load(delta_ptr + token * H, mask=real, other=0.0)
-            # The division by the denominator comes last.
+            )
             d_q = tl.zeros([BQ, KP], tl.float32)
-            if with_state:
-                u, w = dot(q, P1, PRECISION), dot(q, P2, PRECISION)
-                d_phi = dot(d_out, tl.trans(state), PRECISION)
-                d_q = through_product(d_phi, u, w, P1, P2, d_q, DTYPE, PRECISION)
-                if TILES > 1:
-                    u, w = dot(q, S1, PRECISION), dot(q, S2, PRECISION)
-                    d_phi = dot(d_out, tl.trans(second), PRECISION)
-                    d_q = through_product(d_phi, u, w, S1, S2, d_q, DTYPE, PRECISION)
-                for tile in tl.static_range(2, TILES):
-                    Q1, Q2 = diagonal_selectors(tile, K, KP, BF)
-                    Q1, Q2 = Q1.to(DTYPE), Q2.to(DTYPE)
-                    places, present = diagonal_places(tile, K, BF)
-                    other = load_rows(
-                        numerator_ptr,
-                        strip_numerator_ptr,
-                        in_segment,
-                        HAS_STATE,
-                        places,
-                        present,
-                        value,
-                        V,
-                    )
-                    other = (other * diagonal_weights(tile, K, BF)[:, None]).to(DTYPE)
-                    u2, w2 = dot(q, Q1, PRECISION), dot(q, Q2, PRECISION)
-                    d_phi2 = dot(d_out, tl.trans(other), PRECISION)
-                    d_q = through_product(d_phi2, u2, w2, Q1, Q2, d_q, DTYPE, PRECISION)
-                u1, w1 = dot(q, H1, PRECISION), dot(q, H2, PRECISION)
-                d_half = dot(d_out, tl.trans(half), PRECISION)
-                d_q = through_product(d_half, u1, w1, H1, H2, d_q, DTYPE, PRECISION)
-                d_q = dot_add(d_out, tl.trans(linear), d_q, PRECISION)
-                terms = dot(q.to(tl.float32), pairs, PRECISION) + vector[None, :]
-                d_q += delta[:, None] * terms
-            for key in range(0, first + BQ, BK):
-                index = key + tl.arange(0, BK)
-                k = tl.load(
-                    k_ptr + index[:, None] * k_stride_t + feature[None, :],
-                    mask=(index < end - begin)[:, None] & (feature < K)[None, :],
-                    other=0.0,
-                ).to(DTYPE)
-                v = tl.load(
-                    v_ptr + index[:, None] * v_stride_t + value[None, :],
-                    mask=(index < end - begin)[:, None] & (value < V)[None, :],
-                    other=0.0,
-                ).to(DTYPE)
-                s = dot(q, tl.trans(k), PRECISION)
-                d_a = dot(d_out, tl.trans(v), PRECISION) + delta[:, None]
-                d_s = d_a * (SCALE + s * (SCALE * SCALE))
+            for key in tl.static_range(0, BQ, BK):
+                index = first + key + tl.arange(0, BK)
+                k = load_tile(k_ptr, index, k_stride_t, feature, index < length, K).to(DTYPE)
+                v = load_tile(v_ptr, index, v_stride_t, value, index < length, V).to(DTYPE)
+                d_a = dot(g, tl.trans(v), PRECISION) + delta[:, None]
+                d_s = d_a * (SCALE + SCALE * SCALE * dot(q, tl.trans(k), PRECISION))
                 d_s = tl.where(index[None, :] <= token[:, None], d_s, 0.0)
+                d_q = dot_add(d_s.to(DTYPE), k, d_q, PRECISION)
+            if inside | HAS_STATE:
+                x, rolled, terms = mix(q, matrix, KP, PRECISION)
+                d_q += delta[:, None] * (terms + vector[None, :])
+                d_q += through_rest(g, rolled, SCALE, rest, KP, PRECISION)
+                second = dot(q, selector, PRECISION)
+                d_phi = dot(g, tl.trans(rows), PRECISION)
+                d_q += through_diagonals(x, second, d_phi, selector, KP, PRECISION)
+                if TILES > 1:
+                    second = dot(q, selector1, PRECISION)
+                    d_phi = dot(g, tl.trans(rows1), PRECISION)
+                    d_q += through_diagonals(x, second, d_phi, selector1, KP, PRECISION)
+                for tile in range(2, TILES):
+                    other = load_diagonals(
+                        state, inside, HAS_STATE, tile, value, K, KP, V, BF, DTYPE
+                    )
+                    others = diagonal_selector(tile, K, KP, BF, True).to(DTYPE)
+                    second = dot(q, others, PRECISION)
+                    d_phi = dot(g, tl.trans(other), PRECISION)
+                    d_q += through_diagonals(x, second, d_phi, others, KP, PRECISION)
+            for key in range(0, first, BK):
+                index = key + tl.arange(0, BK)
+                k = load_tile(k_ptr, index, k_stride_t, feature, index < length, K).to(DTYPE)
+                v = load_tile(v_ptr, index, v_stride_t, value, index < length, V).to(DTYPE)
+                d_a = dot(g, tl.trans(v), PRECISION) + delta[:, None]
+                d_s = d_a * (SCALE + SCALE * SCALE * dot(q, tl.trans(k), PRECISION))
                 d_q = dot_add(d_s.to(DTYPE), k, d_q, PRECISION)
             tl.store(
                 d_q_ptr + token[:, None] * H * K + feature[None, :],
-                (d_q * inverse[:, None]).to(d_q_ptr.dtype.element_ty),
+                d_q.to(d_q_ptr.dtype.element_ty),
                 mask=real[:, None] & (feature < K)[None, :],
             )
 
@@ -239,9 +156,8 @@ def key_gradients(
     q_ptr,
     k_ptr,
     v_ptr,
-    d_out_ptr,
-    denominator_ptr,
-    delta_ptr,
+    g_ptr,  # [T, H, V]
+    delta_ptr,  # [H, T]
     d_k_ptr,
     d_v_ptr,
     segments_ptr,
@@ -255,8 +171,7 @@ def key_gradients(
     k_stride_h,
     v_stride_t,
     v_stride_h,
-    d_stride_t,
-    d_stride_h,
+    T,
     H,
     HAS_STATE: tl.constexpr,
     K: tl.constexpr,
@@ -264,159 +179,96 @@ def key_gradients(
     V: tl.constexpr,
     F: tl.constexpr,
     BF: tl.constexpr,
-    BR: tl.constexpr,
     BV: tl.constexpr,
     BQ: tl.constexpr,
     BK: tl.constexpr,
-    LENGTH: tl.constexpr,
     SCALE: tl.constexpr,
     PRECISION: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """d_k, [T, H, K], and d_v, [T, H, V]. Grid: segments, heads."""
-    TILES: tl.constexpr = (K * K // 2 + BF - 1) // BF
-    segment, head = tl.program_id(0), tl.program_id(1)
-    begin = tl.load(segments_ptr + segment * 6 + 1)
-    end = tl.load(segments_ptr + segment * 6 + 2)
-    strip = tl.load(segments_ptr + segment * 6 + 3).to(tl.int64)
-    in_segment = tl.load(segments_ptr + segment * 6 + 5) == 0
-    if begin < end:
+    """d_k, [T, H, K], and d_v, [T, H, V]. Grid: segments x heads."""
+    TILES: tl.constexpr = (K // 2 * KP + BF - 1) // BF
+    segment, head, begin, length, strip = segment_of(segments_ptr, H)
+    inside = tl.load(segments_ptr + segment * 6 + 5) == 0
+    if length > 0:
         feature = tl.arange(0, KP)
         value = tl.arange(0, BV)
-        q_ptr += begin.to(tl.int64) * q_stride_t + head * q_stride_h
-        k_ptr += begin.to(tl.int64) * k_stride_t + head * k_stride_h
-        v_ptr += begin.to(tl.int64) * v_stride_t + head * v_stride_h
-        d_out_ptr += begin.to(tl.int64) * d_stride_t + head * d_stride_h
-        denominator_ptr += begin.to(tl.int64) * H + head
-        delta_ptr += begin.to(tl.int64) * H + head
-        numerator_ptr += (segment.to(tl.int64) * H + head) * F * V
-        normaliser_ptr += (segment.to(tl.int64) * H + head) * F
-        strip_numerator_ptr += (strip * H + head) * F * V
-        strip_normaliser_ptr += (strip * H + head) * F
-        with_state = in_segment | HAS_STATE
+        q_ptr += begin * q_stride_t + head * q_stride_h
+        k_ptr += begin * k_stride_t + head * k_stride_h
+        v_ptr += begin * v_stride_t + head * v_stride_h
+        g_ptr += (begin * H + head) * V
+        delta_ptr += head.to(tl.int64) * T + begin
+        d_k_ptr += (begin * H + head) * K
+        d_v_ptr += (begin * H + head) * V
+        state = (numerator_ptr, normaliser_ptr, strip_numerator_ptr, strip_normaliser_ptr)
+        state = state_of(state, segment, strip, head, H, F, V)
 
-        rows, exists = diagonal_places(0, K, BF)
-        state = load_rows(
-            numerator_ptr, strip_numerator_ptr, in_segment, HAS_STATE, rows, exists, value, V
-        )
-        state = state.to(DTYPE)
-        P1, P2 = diagonal_selectors(0, K, KP, BF)
-        P1, P2 = P1.to(DTYPE), P2.to(DTYPE)
+        rows = load_diagonals(state, inside, HAS_STATE, 0, value, K, KP, V, BF, DTYPE)
+        selector = diagonal_selector(0, K, KP, BF, False).to(DTYPE)
         if TILES > 1:
-            rows, exists = diagonal_places(1, K, BF)
-            second = load_rows(
-                numerator_ptr, strip_numerator_ptr, in_segment, HAS_STATE, rows, exists, value, V
-            )
-            second = second.to(DTYPE)
-            S1, S2 = diagonal_selectors(1, K, KP, BF)
-            S1, S2 = S1.to(DTYPE), S2.to(DTYPE)
-        rows, exists = half_places(K, KP)
-        half = load_rows(
-            numerator_ptr, strip_numerator_ptr, in_segment, HAS_STATE, rows, exists, value, V
-        )
-        half = (half * 0.5).to(DTYPE)
-        H1, H2 = half_selectors(K, KP)
-        H1, H2 = H1.to(DTYPE), H2.to(DTYPE)
-        linear = load_rows(
-            numerator_ptr,
-            strip_numerator_ptr,
-            in_segment,
-            HAS_STATE,
-            1 + feature,
-            feature < K,
-            value,
-            V,
-        )
-        linear = linear.to(DTYPE)
-        entry, exists = pair_places(K, KP)
-        pairs = load_entries(
-            normaliser_ptr, strip_normaliser_ptr, in_segment, HAS_STATE, entry, exists
-        )
-        pairs += tl.trans(pairs)
-        vector = load_entries(
-            normaliser_ptr, strip_normaliser_ptr, in_segment, HAS_STATE, 1 + feature, feature < K
-        )
-        constant = tl.load(numerator_ptr + value, mask=(value < V) & in_segment, other=0.0).to(
-            tl.float32
-        )
-        if HAS_STATE:
-            constant += tl.load(strip_numerator_ptr + value, mask=value < V, other=0.0)
-        d_k_ptr += (begin.to(tl.int64) * H + head) * K
-        d_v_ptr += (begin.to(tl.int64) * H + head) * V
+            rows1 = load_diagonals(state, inside, HAS_STATE, 1, value, K, KP, V, BF, DTYPE)
+            selector1 = diagonal_selector(1, K, KP, BF, False).to(DTYPE)
+        rest = load_rest(state, inside, HAS_STATE, value, K, KP, V, DTYPE)
+        constant = load_numerator(state, inside, HAS_STATE, value, value < V)
+        matrix = load_mixer(state, inside, HAS_STATE, K, KP, False, DTYPE)
+        vector = load_normaliser(state, inside, HAS_STATE, 1 + feature, feature < K)
 
-        for first in range(0, end - begin, BK):
+        for first in range(0, length, BK):
             index = first + tl.arange(0, BK)
-            real = index < end - begin
-            k = tl.load(
-                k_ptr + index[:, None] * k_stride_t + feature[None, :],
-                mask=real[:, None] & (feature < K)[None, :],
-                other=0.0,
-            ).to(DTYPE)
-            v = tl.load(
-                v_ptr + index[:, None] * v_stride_t + value[None, :],
-                mask=real[:, None] & (value < V)[None, :],
-                other=0.0,
-            ).to(DTYPE)
+            real = index < length
+            k = load_tile(k_ptr, index, k_stride_t, feature, real, K).to(DTYPE)
+            v = load_tile(v_ptr, index, v_stride_t, value, real, V).to(DTYPE)
             d_k = tl.zeros([BK, KP], tl.float32)
             d_v = tl.zeros([BK, BV], tl.float32)
-            if with_state:
-                u, w = dot(k, P1, PRECISION), dot(k, P2, PRECISION)
-                d_v = dot_add((u * w).to(DTYPE), state, d_v, PRECISION)
-                d_phi = dot(v, tl.trans(state), PRECISION)
-                d_k = through_product(d_phi, u, w, P1, P2, d_k, DTYPE, PRECISION)
-                if TILES > 1:
-                    u, w = dot(k, S1, PRECISION), dot(k, S2, PRECISION)
-                    d_v = dot_add((u * w).to(DTYPE), second, d_v, PRECISION)
-                    d_phi = dot(v, tl.trans(second), PRECISION)
-                    d_k = through_product(d_phi, u, w, S1, S2, d_k, DTYPE, PRECISION)
-                for tile in tl.static_range(2, TILES):
-                    Q1, Q2 = diagonal_selectors(tile, K, KP, BF)
-                    Q1, Q2 = Q1.to(DTYPE), Q2.to(DTYPE)
-                    places, present = diagonal_places(tile, K, BF)
-                    other = load_rows(
-                        numerator_ptr,
-                        strip_numerator_ptr,
-                        in_segment,
-                        HAS_STATE,
-                        places,
-                        present,
-                        value,
-                        V,
-                    )
-                    other = other.to(DTYPE)
-                    u2, w2 = dot(k, Q1, PRECISION), dot(k, Q2, PRECISION)
-                    d_v = dot_add((u2 * w2).to(DTYPE), other, d_v, PRECISION)
-                    d_phi2 = dot(v, tl.trans(other), PRECISION)
-                    d_k = through_product(d_phi2, u2, w2, Q1, Q2, d_k, DTYPE, PRECISION)
-                u1, w1 = dot(k, H1, PRECISION), dot(k, H2, PRECISION)
-                d_v = dot_add((u1 * w1).to(DTYPE), half, d_v, PRECISION)
-                d_half = dot(v, tl.trans(half), PRECISION)
-                d_k = through_product(d_half, u1, w1, H1, H2, d_k, DTYPE, PRECISION)
-                d_v = dot_add(k, linear, d_v, PRECISION)
-                d_k = dot_add(v, tl.trans(linear), d_k, PRECISION)
-                d_v += constant[None, :]
-                d_k += dot(k.to(tl.float32), pairs, PRECISION) + vector[None, :]
-            for query in range(first, end - begin, BQ):
-                token = query + tl.arange(0, BQ)
-                known = token < end - begin
-                q = tl.load(
-                    q_ptr + token[:, None] * q_stride_t + feature[None, :],
-                    mask=known[:, None] & (feature < K)[None, :],
-                    other=0.0,
-                ).to(DTYPE)
-                d_out = tl.load(
-                    d_out_ptr + token[:, None] * d_stride_t + value[None, :],
-                    mask=known[:, None] & (value < V)[None, :],
-                    other=0.0,
-                ).to(DTYPE)
-                inverse = 1 / tl.load(denominator_ptr + token * H, mask=known, other=1.0)
-                delta = tl.load(delta_ptr + token * H, mask=known, other=0.0)
+            for query in tl.static_range(0, BK, BQ):
+                token = first + query + tl.arange(0, BQ)
+                known = token < length
+                q = load_tile(q_ptr, token, q_stride_t, feature, known, K).to(DTYPE)
+                g = load_tile(g_ptr, token, H * V, value, known, V)
+                delta = tl.load(delta_ptr + token, mask=known, other=0.0)
+                causal = index[:, None] <= token[None, :]
                 s = dot(k, tl.trans(q), PRECISION)
-                inverse = tl.where(index[:, None] <= token[None, :], inverse[None, :], 0.0)
-                a = (1 + s * (SCALE + s * (0.5 * SCALE * SCALE))) * inverse
-                d_v = dot_add(a.to(DTYPE), d_out, d_v, PRECISION)
-                d_a = (dot(v, tl.trans(d_out), PRECISION) + delta[None, :]) * inverse
-                d_s = d_a * (SCALE + s * (SCALE * SCALE))
+                a = tl.where(causal, 1 + s * (SCALE + s * (0.5 * SCALE * SCALE)), 0.0)
+                d_v = dot_add(a.to(DTYPE), g, d_v, PRECISION)
+                d_a = dot(v, tl.trans(g), PRECISION) + delta[None, :]
+                d_s = tl.where(causal, d_a * (SCALE + SCALE * SCALE * s), 0.0)
+                d_k = dot_add(d_s.to(DTYPE), q, d_k, PRECISION)
+            if inside | HAS_STATE:
+                x, rolled, terms = mix(k, matrix, KP, PRECISION)
+                d_k += terms + vector[None, :]
+                d_k += through_rest(v, rolled, 1.0, rest, KP, PRECISION)
+                d_v += constant[None, :]
+                d_v = add_rest(x, rolled, 1.0, rest, d_v, KP, PRECISION)
+                second = dot(k, selector, PRECISION)
+                d_v = dot_add(times_first(x, second, KP).to(DTYPE), rows, d_v, PRECISION)
+                d_phi = dot(v, tl.trans(rows), PRECISION)
+                d_k += through_diagonals(x, second, d_phi, selector, KP, PRECISION)
+                if TILES > 1:
+                    second = dot(k, selector1, PRECISION)
+                    d_v = dot_add(times_first(x, second, KP).to(DTYPE), rows1, d_v, PRECISION)
+                    d_phi = dot(v, tl.trans(rows1), PRECISION)
+                    d_k += through_diagonals(x, second, d_phi, selector1, KP, PRECISION)
+                for tile in range(2, TILES):
+                    other = load_diagonals(
+                        state, inside, HAS_STATE, tile, value, K, KP, V, BF, DTYPE
+                    )
+                    others = diagonal_selector(tile, K, KP, BF, False).to(DTYPE)
+                    second = dot(k, others, PRECISION)
+                    d_v = dot_add(times_first(x, second, KP).to(DTYPE), other, d_v, PRECISION)
+                    d_phi = dot(v, tl.trans(other), PRECISION)
+                    d_k += through_diagonals(x, second, d_phi, others, KP, PRECISION)
+            # Past the end q, g and delta are 0, and so is what they add.
+            for query in range(first + BK, length, BQ):
+                token = query + tl.arange(0, BQ)
+                known = token < length
+                q = load_tile(q_ptr, token, q_stride_t, feature, known, K).to(DTYPE)
+                g = load_tile(g_ptr, token, H * V, value, known, V)
+                delta = tl.load(delta_ptr + token, mask=known, other=0.0)
+                s = dot(k, tl.trans(q), PRECISION)
+                a = 1 + s * (SCALE + s * (0.5 * SCALE * SCALE))
+                d_v = dot_add(a.to(DTYPE), g, d_v, PRECISION)
+                d_a = dot(v, tl.trans(g), PRECISION) + delta[None, :]
+                d_s = d_a * (SCALE + SCALE * SCALE * s)
                 d_k = dot_add(d_s.to(DTYPE), q, d_k, PRECISION)
             tl.store(
                 d_k_ptr + index[:, None] * H * K + feature[None, :],

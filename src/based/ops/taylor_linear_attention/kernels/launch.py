@@ -9,11 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from based.ops.taylor_linear_attention.features import num_features
-from based.ops.taylor_linear_attention.kernels.gradients import (
-    key_gradients,
-    query_gradients,
-    sum_deltas,
-)
+from based.ops.taylor_linear_attention.kernels.gradients import key_gradients, query_gradients
 from based.ops.taylor_linear_attention.kernels.outputs import attend
 from based.ops.taylor_linear_attention.kernels.segments import Segments, divide, divide_evenly
 from based.ops.taylor_linear_attention.kernels.states import carry_states, sum_states
@@ -46,19 +42,21 @@ class Tiles(NamedTuple):
 
 
 def _tiles(K: int, V: int, wide: bool) -> Tiles:
-    one = {"num_warps": 4, "num_stages": 1}
+    """docs/kernels.md says what each choice costs in registers and shared memory."""
+    one = {"BV": 128, "num_warps": 4, "num_stages": 1}
     square = {"BF": 64, "BQ": 64, "BK": 64, **one}
     if wide or V > 128:
         # float32 operands, or heads twice as wide, fill the shared memory sooner.
         small = {"BF": 32, "BQ": 32, "BK": 32, **one}
-        return Tiles({"BF": 64, "C": 32, **one}, small, small, small)
+        gradients = {**small, "BV": 256}
+        return Tiles({"BF": 64, "C": 32, **one}, small, gradients, gradients)
     if K > 16:
         # Several tiles make the loop conditional, and Triton 3.6 pipelines that wrongly.
         states = {"BF": 128, "C": 64, **one}
     elif V > 64:
-        states = {"BF": 128, "C": 64, "num_warps": 8, "num_stages": 3}
+        states = {"BF": 128, "BV": 128, "C": 64, "num_warps": 8, "num_stages": 3}
     else:
-        states = {"BF": 128, "C": 32, "num_warps": 4, "num_stages": 4}
+        states = {"BF": 128, "BV": 128, "C": 32, "num_warps": 4, "num_stages": 4}
     # Four programs a multiprocessor, where the registers allow it.
     return Tiles(states, {**square, "maxnreg": 128} if V <= 64 else square, square, square)
 
@@ -82,20 +80,18 @@ class Shape(NamedTuple):
         """The kernels' configurations."""
         return _tiles(self.K, self.V, self.dtype == torch.float32)
 
-    def constants(self, tiles: dict[str, int], BV: int) -> dict[str, Any]:
+    def constants(self, tiles: dict[str, int]) -> dict[str, Any]:
         """What all kernels take."""
-        K = self.K
+        K, KP = self.K, max(16, triton.next_power_of_2(self.K))
         return {
             **tiles,
-            "BF": min(tiles["BF"], triton.next_power_of_2(K * K // 2)),
-            "BV": min(BV, max(16, triton.next_power_of_2(self.V))),
-            "BR": max(64, triton.next_power_of_2(1 + K + K // 2)),
+            "BF": min(tiles["BF"], triton.next_power_of_2(K // 2 * KP)),
+            "BV": min(tiles["BV"], max(16, triton.next_power_of_2(self.V))),
             "K": K,
-            "KP": max(16, triton.next_power_of_2(K)),
+            "KP": KP,
             "V": self.V,
             "F": num_features(K),
             "SCALE": K**-0.5,
-            "LENGTH": LENGTH,
             "PRECISION": "tf32x3" if self.dtype == torch.float32 else "tf32",
         }
 
@@ -129,9 +125,9 @@ def run_states(
     x: Float[Tensor, "1 BT H K"],
     y: Float[Tensor, "1 BT H V"],
     beyond: tuple[Tensor | None, Tensor | None],
-    queries: tuple[Tensor, Tensor] | None = None,
+    delta: Float[Tensor, "H BT"] | None = None,
 ) -> tuple[States, Tensor, Tensor]:
-    """All states, and their totals by sequence; with `queries` (denominator, delta), gradients.
+    """All states, and their totals by sequence; with `delta`, gradients.
 
     `beyond` is what the running sums start from: the initial state, or the
     gradient of the final one.
@@ -144,18 +140,21 @@ def run_states(
         x.new_empty((S, H, F, V), dtype=torch.float32),
         x.new_empty((S, H, F), dtype=torch.float32),
     )
-    constants = shape.constants(shape.tiles.states, BV=128)
-    tiles = triton.cdiv(shape.K**2 // 2, constants["BF"]) * triton.cdiv(V, constants["BV"])
-    sum_states[S, H, tiles](
+    constants = shape.constants(shape.tiles.states)
+    features = shape.K // 2 * constants["KP"]
+    tiles = triton.cdiv(features, constants["BF"]) * triton.cdiv(V, constants["BV"])
+    sum_states[S * H, tiles](
         x,
         y,
-        *(queries or (states.normaliser, states.normaliser)),
+        states.normaliser if delta is None else delta,
         segments.strips,
         *states,
         *x.stride()[1:3],
         *y.stride()[1:3],
+        x.shape[1],
         H,
-        QUERIES=queries is not None,
+        QUERIES=delta is not None,
+        LENGTH=LENGTH,
         **constants,
     )
     if beyond[0] is None and not segments.carried:
@@ -173,7 +172,7 @@ def run_states(
             H,
             E,
             HAS_INITIAL=start is not None,
-            REVERSE=queries is not None,
+            REVERSE=delta is not None,
             BLOCK=256,
             GROUP=16,
         )
@@ -202,34 +201,36 @@ def forward(
     cu_seqlens: Int[Tensor, " E"] | None,
     want_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, States]:
-    """Outputs, final state, the outputs' denominators [B, T, H], and the states before segments.
+    """Outputs, final state, 1 / the outputs' denominators [H, B T], and states before segments.
 
     The final state has no elements if it is not wanted and not needed.
     """
     shape, segments = Shape.of(q, v), segments_of(q, cu_seqlens)
-    out, below = v.new_empty(v.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
+    out = v.new_empty(v.shape)
+    inverse = q.new_empty((q.shape[2], q.shape[0] * q.shape[1]), dtype=torch.float32)
     states = States(q.new_empty(0, dtype=shape.dtype), *nothing(q, 3))
     final, final_normaliser = nothing(q, 2)
     q, k, v = flat(q), flat(k), flat(v)
     if want_state or numerator is not None or q.shape[1] > LENGTH * out.shape[0]:
         beyond = (numerator, denominator)
         states, final, final_normaliser = run_states(shape, segments, k, v, beyond)
-    constants = shape.constants(shape.tiles.attend, BV=128)
-    attend[len(segments.segments), shape.heads, triton.cdiv(shape.V, constants["BV"])](
+    constants = shape.constants(shape.tiles.attend)
+    attend[len(segments.segments) * shape.heads, triton.cdiv(shape.V, constants["BV"])](
         q,
         k,
         v,
         out,
-        below,
+        inverse,
         segments.segments,
         *states,
         *(stride for x in (q, k, v) for stride in x.stride()[1:3]),
+        q.shape[1],
         shape.heads,
         HAS_STATE=states.strip_numerator.numel() > 0,
         DTYPE=shape.products,
         **constants,
     )
-    return out, final, final_normaliser, below, states
+    return out, final, final_normaliser, inverse, states
 
 
 def backward(
@@ -238,7 +239,7 @@ def backward(
     v: Float[Tensor, "B T H V"],
     cu_seqlens: Int[Tensor, " E"] | None,
     out: Float[Tensor, "B T H V"],
-    below: Float[Tensor, "B T H"],
+    inverse: Float[Tensor, "H BT"],
     states: States,
     d_out: Float[Tensor, "B T H V"],
     d_numerator: Float[Tensor, "N H F V"] | None,
@@ -247,59 +248,52 @@ def backward(
     """Gradients of q, k, v and of the initial state (without elements if there was none)."""
     shape, segments = Shape.of(q, v), segments_of(q, cu_seqlens)
     d_q, d_k, d_v = (x.new_empty(x.shape) for x in (q, k, v))
-    delta = torch.empty_like(below)
+    delta = torch.empty_like(inverse)
     q, k, v, d_out = flat(q), flat(k), flat(v), flat(d_out)
+    g = v.new_empty(v.shape, dtype=shape.dtype)
     H, M, T = shape.heads, len(segments.segments), q.shape[1]
-    tiles = shape.tiles
-    sum_deltas[triton.cdiv(T, 64), H](
-        out,
-        d_out,
-        delta,
-        *d_out.stride()[1:3],
-        T,
-        H,
-        V=shape.V,
-        BV=max(16, triton.next_power_of_2(shape.V)),
-        BT=64,
-    )
-    after = States(q.new_empty(0, dtype=shape.dtype), *nothing(q, 3))
-    d_initial, d_initial_normaliser = nothing(q, 2)
-    if states.numerator.numel() or d_numerator is not None:
-        after, d_initial, d_initial_normaliser = run_states(
-            shape, segments, q, d_out, (d_numerator, d_denominator), (below, delta)
-        )
-    strides = [stride for x in (q, k, v, d_out) for stride in x.stride()[1:3]]
-    query_gradients[M, H](
+    strides = [stride for x in (q, k, v) for stride in x.stride()[1:3]]
+    query_gradients[(M * H,)](
         q,
         k,
         v,
+        out,
         d_out,
-        below,
+        inverse,
+        g,
         delta,
         d_q,
         segments.segments,
         *states,
         *strides,
+        *d_out.stride()[1:3],
+        T,
         H,
         HAS_STATE=states.strip_numerator.numel() > 0,
         DTYPE=shape.products,
-        **shape.constants(tiles.query_gradients, BV=256),
+        **shape.constants(shape.tiles.query_gradients),
     )
-    key_gradients[M, H](
+    after = States(q.new_empty(0, dtype=shape.dtype), *nothing(q, 3))
+    d_initial, d_initial_normaliser = nothing(q, 2)
+    if states.numerator.numel() or d_numerator is not None:
+        after, d_initial, d_initial_normaliser = run_states(
+            shape, segments, q, g, (d_numerator, d_denominator), delta
+        )
+    key_gradients[(M * H,)](
         q,
         k,
         v,
-        d_out,
-        below,
+        g,
         delta,
         d_k,
         d_v,
         segments.segments,
         *after,
         *strides,
+        T,
         H,
         HAS_STATE=after.strip_numerator.numel() > 0,
         DTYPE=shape.products,
-        **shape.constants(tiles.key_gradients, BV=256),
+        **shape.constants(shape.tiles.key_gradients),
     )
     return d_q, d_k, d_v, d_initial, d_initial_normaliser

@@ -5,14 +5,13 @@ import triton.language as tl
 
 from based.ops.taylor_linear_attention.kernels.features import (
     diagonal_places,
-    diagonal_selectors,
-    diagonal_weights,
+    diagonal_selector,
+    first_selector,
     normaliser_places,
     normaliser_weights,
     rest_biases,
     rest_places,
-    rest_selectors,
-    rest_weights,
+    rest_selector,
 )
 from based.ops.tensor_core import dot, dot_add
 
@@ -20,9 +19,8 @@ from based.ops.tensor_core import dot, dot_add
 @triton.jit
 def sum_states(
     x_ptr,  # keys, or queries: [T, H, K]
-    y_ptr,  # values, or output gradients: [T, H, V]
-    denominator_ptr,  # of the outputs, [T, H]; queries only
-    delta_ptr,  # -(d_out . out), [T, H]; queries only
+    y_ptr,  # values, or output gradients over denominators: [T, H, V]
+    delta_ptr,  # -(d_out . out) / denominator, [H, T]; queries only
     strips_ptr,
     numerator_ptr,  # before (after, for queries) each segment in its strip: [M, H, F, V]
     normaliser_ptr,  # the same: [M, H, F]
@@ -32,6 +30,7 @@ def sum_states(
     x_stride_h,
     y_stride_t,
     y_stride_h,
+    T,
     H,
     QUERIES: tl.constexpr,  # gradients: queries instead of keys, last segment first
     K: tl.constexpr,
@@ -39,43 +38,45 @@ def sum_states(
     V: tl.constexpr,
     F: tl.constexpr,
     BF: tl.constexpr,
-    BR: tl.constexpr,
     BV: tl.constexpr,
     C: tl.constexpr,
     LENGTH: tl.constexpr,
     SCALE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """sum_t phi(x_t) w_t y_t^T and sum_t phi(x_t) w_t over the tokens of a strip.
+    """sum_t phi(x_t) y_t^T and sum_t phi(x_t) w_t over the tokens of a strip.
 
-    Grid: strips, heads, diagonal tiles x value tiles. Keys: w = 1. Queries: w is
-    1 / denominator, and the normaliser's terms have delta as well.
+    Grid: strips x heads, diagonal tiles x value tiles. w is 1 for keys, delta for queries.
     """
-    strip, head = tl.program_id(0), tl.program_id(1)
-    TILES: tl.constexpr = (K * K // 2 + BF - 1) // BF
+    strip, head = tl.program_id(0).to(tl.int64) // H, tl.program_id(0) % H
+    TILES: tl.constexpr = (K // 2 * KP + BF - 1) // BF
+    ROWS: tl.constexpr = 64  # of one product; features repeat x every KP of them
     # The remainders by 1 fold to 0, and with them the conditions below.
-    tile, v_tile = tl.program_id(2) % TILES, tl.program_id(2) // TILES % ((V + BV - 1) // BV)
-    begin = tl.load(strips_ptr + strip * 4 + 1)
+    tile, v_tile = tl.program_id(1) % TILES, tl.program_id(1) // TILES % ((V + BV - 1) // BV)
+    begin = tl.load(strips_ptr + strip * 4 + 1).to(tl.int64)
     end = tl.load(strips_ptr + strip * 4 + 2)
     first_segment = tl.load(strips_ptr + strip * 4 + 3).to(tl.int64)
     if begin < end:
         dtype = numerator_ptr.dtype.element_ty
         feature = tl.arange(0, KP)
         value = v_tile * BV + tl.arange(0, BV)
-        P1, P2 = diagonal_selectors(tile, K, KP, BF)
-        P1, P2 = tl.trans(P1.to(dtype)), tl.trans(P2.to(dtype))
-        R1, R2 = rest_selectors(K, KP, BR)
-        R1, R2 = tl.trans(R1.to(dtype)), tl.trans(R2.to(dtype))
-        b1, b2 = rest_biases(K, BR)
+        once = first_selector(KP, ROWS).to(dtype)
+        selector = tl.trans(diagonal_selector(tile, K, KP, BF, QUERIES).to(dtype))
+        half = rest_selector(K, KP, ROWS, QUERIES).to(dtype)
+        linear, one = rest_biases(K, KP, ROWS, SCALE, QUERIES)
         diagonal = tl.zeros([BF, BV], tl.float32)
-        rest = tl.zeros([BR, BV], tl.float32)
-        # Rest features times x: its rows 0 .. K are sums of x and of x x^T, the normaliser.
-        pairs = tl.zeros([BR, KP], tl.float32)
+        rest = tl.zeros([ROWS, BV], tl.float32)
+        # Rest features times x w: sums of x and of x x^T, the normaliser.
+        pairs = tl.zeros([ROWS, KP], tl.float32)
         constant = 0.0
         local = tl.arange(0, C)
+        x_ptr += begin * x_stride_t + head * x_stride_h
+        y_ptr += begin * y_stride_t + head * y_stride_h
+        delta_ptr += head.to(tl.int64) * T + begin
         x_offset = local[None, :] * x_stride_t + feature[:, None]
         y_offset = local[:, None] * y_stride_t + value[None, :]
-        count = (end - begin + LENGTH - 1) // LENGTH
+        length = (end - begin).to(tl.int32)
+        count = (length + LENGTH - 1) // LENGTH
         for number in range(count):
             place = number
             if QUERIES:
@@ -95,45 +96,38 @@ def sum_states(
                     K,
                     KP,
                     V,
-                    BF,
-                    BR,
                     QUERIES,
                     SCALE,
                 )
             for chunk in range(LENGTH // C):
-                token = (begin + place * LENGTH + chunk * C).to(tl.int64)
-                real = local < end - token
+                token = place * LENGTH + chunk * C
+                real = local < length - token
                 x = tl.load(
-                    x_ptr + token * x_stride_t + head * x_stride_h + x_offset,
+                    x_ptr + token.to(tl.int64) * x_stride_t + x_offset,
                     mask=real[None, :] & (feature < K)[:, None],
                     other=0.0,
                 ).to(dtype)
                 y = tl.load(
-                    y_ptr + token * y_stride_t + head * y_stride_h + y_offset,
+                    y_ptr + token.to(tl.int64) * y_stride_t + y_offset,
                     mask=real[:, None] & (value < V)[None, :],
                     other=0.0,
                 ).to(dtype)
-                phi = dot(P1, x, PRECISION) * dot(P2, x, PRECISION)
                 xw = x
                 if QUERIES:
-                    row = token * H + head + local * H
-                    inverse = 1 / tl.load(denominator_ptr + row, mask=real, other=1.0)
-                    delta = tl.load(delta_ptr + row, mask=real, other=0.0)
-                    phi *= inverse[None, :]
+                    delta = tl.load(delta_ptr + token + local, mask=real, other=0.0)
                     xw = (x.to(tl.float32) * delta[None, :]).to(dtype)
-                    constant += tl.sum(delta * inverse, 0)
+                    constant += tl.sum(delta, 0)
+                first = dot(once, x, PRECISION)
+                phi = repeat_rows(first, BF) * dot(selector, x, PRECISION)
                 diagonal = dot_add(phi.to(dtype), y, diagonal, PRECISION)
                 if tile == 0:
-                    phi_rest = dot(R1, x, PRECISION) + b1[:, None]
-                    phi_rest *= dot(R2, x, PRECISION) + b2[:, None]
-                    if QUERIES:
-                        phi_rest *= inverse[None, :]
+                    phi_rest = first * (dot(half, x, PRECISION) + linear[:, None]) + one[:, None]
                     rest = dot_add(phi_rest.to(dtype), y, rest, PRECISION)
                     if v_tile == 0:
                         pairs = dot_add(phi_rest.to(dtype), tl.trans(xw), pairs, PRECISION)
             if not QUERIES:
-                constant += tl.minimum(LENGTH, end - begin - place * LENGTH).to(tl.float32)
-        slot = strip.to(tl.int64) * H + head
+                constant += tl.minimum(LENGTH, length - place * LENGTH).to(tl.float32)
+        slot = strip * H + head
         store_state(
             strip_numerator_ptr + slot * F * V,
             strip_normaliser_ptr + slot * F,
@@ -147,11 +141,17 @@ def sum_states(
             K,
             KP,
             V,
-            BF,
-            BR,
             QUERIES,
             SCALE,
         )
+
+
+@triton.jit
+def repeat_rows(x, BF: tl.constexpr):
+    """x, [ROWS, C], repeated to [BF, C]."""
+    ROWS: tl.constexpr = x.shape[0]
+    C: tl.constexpr = x.shape[1]
+    return tl.reshape(tl.broadcast_to(x[None], (BF // ROWS, ROWS, C)), (BF, C))
 
 
 @triton.jit
@@ -168,24 +168,19 @@ def store_state(
     K: tl.constexpr,
     KP: tl.constexpr,
     V: tl.constexpr,
-    BF: tl.constexpr,
-    BR: tl.constexpr,
     QUERIES: tl.constexpr,
     SCALE: tl.constexpr,
 ):
-    """Writes one state in the layout of `features.py`; sums of queries get their weights here."""
+    """Writes one state in the layout of `features.py`."""
     dtype = numerator_ptr.dtype.element_ty
-    if QUERIES:
-        diagonal *= diagonal_weights(tile, K, BF)[:, None]
-        rest *= rest_weights(K, BR, SCALE)[:, None]
-    place, exists = diagonal_places(tile, K, BF)
+    place, exists = diagonal_places(tile, K, KP, diagonal.shape[0])
     tl.store(
         numerator_ptr + place[:, None] * V + value[None, :],
         diagonal.to(dtype),
         mask=exists[:, None] & (value < V)[None, :],
     )
     if tile == 0:
-        row, inside = rest_places(K, BR)
+        row, inside = rest_places(K, KP, rest.shape[0])
         tl.store(
             numerator_ptr + row[:, None] * V + value[None, :],
             rest.to(dtype),
@@ -193,8 +188,8 @@ def store_state(
         )
         if v_tile == 0:
             if QUERIES:
-                pairs *= normaliser_weights(K, KP, BR, SCALE)
-            entry, holds = normaliser_places(K, KP, BR)
+                pairs *= normaliser_weights(K, KP, pairs.shape[0], SCALE)
+            entry, holds = normaliser_places(K, KP, pairs.shape[0])
             tl.store(normaliser_ptr + entry, pairs, mask=holds)
             tl.store(normaliser_ptr, constant)
 

@@ -208,7 +208,9 @@ def test_sampling_draws_the_reference_s_tokens(dtype: torch.dtype) -> None:
     position = torch.randint(0, 2**40, (rows,))
     options = [x.to(DEVICE) for x in (temperature, top_k, top_p, seed, position)]
     want, want_logprobs = sample_tokens_reference(logits, *options)
-    got, logprobs = sample_tokens_kernel(logits, *options, block=64)
+    got, logprobs = torch.zeros_like(options[3]), torch.zeros(rows, device=DEVICE)
+    sample_tokens_kernel(logits, *options, got, logprobs, block=64)
+    assert torch.equal(options[-1].cpu(), position + 1)
     assert got.tolist() == want.tolist()
     assert logprobs.isnan().tolist() == [row in (2, 3, 5) for row in range(rows)]
     torch.testing.assert_close(logprobs, want_logprobs, equal_nan=True)

@@ -22,7 +22,7 @@ from based.generation.quantization import decode_step
 from based.generation.request import Generation, Snapshot
 from based.generation.sampling import Sampling, sampling_rows, to_device
 from based.generation.scheduler import Scheduler
-from based.generation.step import DecodeStep, Report, batch_sizes, packed
+from based.generation.step import DecodeStep, Report, batch_sizes
 from based.generation.text import TextStream
 from based.models import Decoder, DecoderState
 from based.ops.token_sampling import SamplingRows, sample_tokens
@@ -261,7 +261,7 @@ class Engine:
     ) -> None:
         """Draws the first token of each, and puts those that go on into their slots."""
         drawn = sample_tokens(self.model.logits(hidden), self._options(group))
-        self._reports.append(Report(packed(drawn), dict(enumerate(group))))
+        self._reports.append(Report(drawn, dict(enumerate(group))))
         for index, (row, generation) in enumerate(zip(rows, group, strict=True)):
             generation.drawn += 1
             if generation.drawn == generation.sampling.max_new_tokens:

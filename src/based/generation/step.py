@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from based.errors import BasedError
@@ -42,29 +41,26 @@ class DecodeStep:
         whole = torch.zeros(slots, dtype=torch.long, device=device)
         real = torch.zeros(slots, device=device)
         self.rows = SamplingRows(real, whole, real.clone(), whole.clone(), whole.clone())
-        self.report = torch.zeros(slots, 2, dtype=torch.float64, device=device)
+        wide = torch.float64 if model.dtype == torch.float64 else torch.float32
+        self.drawn = Drawn(self.tokens, torch.zeros(slots, dtype=wide, device=device))
         self._logits: dict[int, Tensor] = {}
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         if graphs:
             self._capture()
 
-    def run(self, size: int) -> Tensor:
-        """One step of the first `size` rows; returns their report, overwritten by the next step."""
+    def run(self, size: int) -> Drawn:
+        """One step of the first `size` rows; what they drew, until the next step."""
         if size in self._graphs:
             self._graphs[size].replay()
         else:
             self._run(size)
-        return self.report[:size]
+        return Drawn(*(column[:size] for column in self.drawn))
 
     @torch.no_grad()
     def _run(self, size: int) -> None:
-        logits = self._step(self.tokens[:size], self._views[size])
-        rows = self.rows.first(size)
-        drawn = sample_tokens(logits, rows)
-        self.tokens[:size].copy_(drawn.tokens)
-        rows.position.add_(1)
-        self.report[:size].copy_(packed(drawn))
-        self._logits[size] = logits
+        tokens, logprobs = self.drawn
+        self._logits[size] = logits = self._step(tokens[:size], self._views[size])
+        sample_tokens(logits, self.rows.first(size), Drawn(tokens[:size], logprobs[:size]))
 
     def _capture(self) -> None:
         """Captures every size, the largest first, so that all share its memory."""
@@ -123,27 +119,26 @@ class DecodeStep:
 class Report:
     """Tokens and log-probabilities on their way to the host, and whose they are."""
 
-    def __init__(self, values: Float[Tensor, "B 2"], owners: dict[int, Generation]) -> None:
+    def __init__(self, drawn: Drawn, owners: dict[int, Generation]) -> None:
         self._owners, self._arrived = owners, None
-        if values.is_cuda:
-            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-            self._values.copy_(values, non_blocking=True)
+        self._columns = [to_host(column) for column in drawn]
+        if drawn.tokens.is_cuda:
             self._arrived = torch.cuda.Event()
             self._arrived.record()
-        else:
-            self._values = values.clone()
 
     def collect(self) -> list[tuple[Generation, int, float]]:
         """Waits for the copy; each owner with its token and log-probability."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        values = self._values.tolist()
-        return [(owner, int(values[row][0]), values[row][1]) for row, owner in self._owners.items()]
+        tokens, logprobs = (column.tolist() for column in self._columns)
+        return [(owner, tokens[row], logprobs[row]) for row, owner in self._owners.items()]
 
 
-def packed(drawn: Drawn) -> Float[Tensor, "B 2"]:
-    """Tokens and log-probabilities as one tensor, so that one copy brings both."""
-    return torch.stack([drawn.tokens.double(), drawn.logprobs.double()], dim=1)
+def to_host(x: Tensor) -> Tensor:
+    """A copy on the host; of a GPU's tensor it is there only when the stream has come so far."""
+    if not x.is_cuda:
+        return x.clone()
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
 
 
 def batch_sizes(slots: int) -> list[int]:

@@ -1,11 +1,26 @@
 """What stands between a decode step's matrix products, each as one kernel on a GPU."""
 
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
 from based.ops.kernels import use_kernels
+
+
+class Residual(NamedTuple):
+    """A residual stream x + branch, and the RMSNorm that the next branch begins with."""
+
+    x: Float[Tensor, "B C"]
+    branch: Float[Tensor, "B C"] | None
+    weight: Float[Tensor, " C"]
+    eps: float
+
+    def normed(self) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B C"]]:
+        """The sum, and that normalised, in weight's dtype. No gradients."""
+        return add_rms_norm(*self)
 
 
 def add_rms_norm(

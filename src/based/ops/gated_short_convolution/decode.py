@@ -8,6 +8,9 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
+from based.ops.kernels import overlap
+from based.ops.overlap import wait_for_previous
+
 BLOCK = 1024
 LAUNCH = {"BLOCK_C": BLOCK, "num_warps": 4}
 
@@ -25,11 +28,13 @@ def _convolution_step_kernel(
     channels,
     WIDTH: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     real = channel < channels
     past = past_ptr + row * (WIDTH - 1) * channels + channel
+    wait_for_previous(OVERLAP)
     x = tl.load(x_ptr + row * x_stride + channel, mask=real, other=0.0)
     gate = tl.load(gate_ptr + row * gate_stride + channel, mask=real, other=0.0).to(tl.float32)
     weight = weight_ptr + channel * WIDTH
@@ -70,6 +75,7 @@ def convolution_step_kernel(
         gate.stride(0),
         channels,
         WIDTH=weight.shape[1],
+        **overlap(x),
         **LAUNCH,
     )
     return out

@@ -1,0 +1,19 @@
+"""Projections of a decode step of few rows, each with what stands around it, in one kernel."""
+
+from based.ops.few_rows_linear.linear import (
+    MOST_ROWS,
+    fuses,
+    linear,
+    norm_linear,
+    norm_linear_convolution,
+    norm_linear_swiglu,
+)
+
+__all__ = [
+    "MOST_ROWS",
+    "fuses",
+    "linear",
+    "norm_linear",
+    "norm_linear_convolution",
+    "norm_linear_swiglu",
+]

@@ -206,7 +206,7 @@ def test_sampling_draws_the_reference_s_tokens(dtype: torch.dtype) -> None:
     )
     seed = torch.randint(-(2**62), 2**62, (rows,))
     position = torch.randint(0, 2**40, (rows,))
-    options = [x.to(DEVICE) for x in (temperature, top_k, top_p, seed, position)]
+    options = [x.to(DEVICE) for x in (temperature, top_k, top_p, seed, position.clone())]
     want, want_logprobs = sample_tokens_reference(logits, *options)
     got, logprobs = torch.zeros_like(options[3]), torch.zeros(rows, device=DEVICE)
     sample_tokens_kernel(logits, *options, got, logprobs, block=64)

@@ -1,7 +1,6 @@
 """Projections of a decode step of few rows, each with what stands around it, in one kernel."""
 
-from based.ops.few_rows_linear.linear import (
-    MOST_ROWS,
+from based.ops.few_rows_linear.projections import (
     fuses,
     linear,
     norm_linear,
@@ -10,7 +9,6 @@ from based.ops.few_rows_linear.linear import (
 )
 
 __all__ = [
-    "MOST_ROWS",
     "fuses",
     "linear",
     "norm_linear",

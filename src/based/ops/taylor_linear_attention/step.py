@@ -58,9 +58,7 @@ def taylor_linear_attention_deferred_step(
     if use_kernels(q):
         from based.ops.taylor_linear_attention.decode import taylor_step_kernel
 
-        return taylor_step_kernel(
-            q, k, v, numerator, denominator, recent_keys, recent_values, seen
-        )
+        return taylor_step_kernel(q, k, v, numerator, denominator, recent_keys, recent_values, seen)
     dtype, R = state_dtype(numerator.dtype), recent_keys.shape[1]
     row, place = torch.arange(q.shape[0], device=q.device), seen % R
     recent_keys[row, place], recent_values[row, place] = k, v

@@ -287,8 +287,7 @@ def test_rows_leave_and_enter_a_pool_whole() -> None:
     with torch.no_grad():
         _, state = model(torch.tensor([prompt(9), prompt(9, 1)]), model.init_state(2))
     assert [pool.acquire(), pool.acquire()] == [0, 1]
-    pool.load(0, state, 1)
-    pool.load(1, state, 0)
+    pool.load([1, 0], state)
     pool.move(1, 2)
     assert pool.free == 1
     assert pool.acquire() == 1

@@ -71,12 +71,10 @@ def _linear_kernel(
     real, inside, given = n < N, lane < C, row < ROWS
     weight = first_ptr
     # Outputs from SECOND on, and from THIRD on, have weights of their own.
-    if SECOND < N:
-        if program * BLOCK_N >= SECOND:
-            weight = second_ptr - SECOND * C
-    if THIRD < N:
-        if program * BLOCK_N >= THIRD:
-            weight = third_ptr - THIRD * C
+    if SECOND < N and program * BLOCK_N >= SECOND:
+        weight = second_ptr - SECOND * C
+    if THIRD < N and program * BLOCK_N >= THIRD:
+        weight = third_ptr - THIRD * C
     cell = n.to(tl.int64)[:, None] * C + lane[None, :]
     present = real[:, None] & inside[None, :]
     w = tl.load(weight + cell, mask=present, other=0.0, eviction_policy="evict_first")
@@ -127,9 +125,8 @@ def _linear_kernel(
         else:
             y *= gate * tl.sigmoid(gate)
     tl.store(out_ptr + row[None, :] * N + n[:, None], y, mask=real[:, None] & given[None, :])
-    if COUNT:
-        if program == 0:
-            tl.store(counter_ptr + row, tl.load(counter_ptr + row, mask=given) + 1, mask=given)
+    if COUNT and program == 0:
+        tl.store(counter_ptr + row, tl.load(counter_ptr + row, mask=given) + 1, mask=given)
 
 
 def linear_kernel(

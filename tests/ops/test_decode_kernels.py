@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from based.generation import Engine, EngineConfig, Sampling
+from based.mixers.mamba import Mamba
 from based.models import Decoder, DecoderConfig
 from based.ops import elementwise, elementwise_decode
 from based.ops.gated_short_convolution.decode import convolution_step_kernel
@@ -246,3 +247,17 @@ def test_the_engine_on_kernels_draws_what_the_reference_draws() -> None:
     # float64 has no kernels.
     model.double()
     assert tokens() == got
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_mamba_s_step(dtype: torch.dtype) -> None:
+    """The whole mixer, kernels against float64."""
+    mixer = Mamba(24, state_size=5).to(DEVICE, dtype)
+    wide = Mamba(24, state_size=5).to(DEVICE).double()
+    wide.load_state_dict(mixer.state_dict())
+    state, exact = mixer.init_state(3), wide.init_state(3)
+    for _ in range(6):
+        x = 3 * draw(3, 24, dtype=dtype)
+        close(mixer.step(x, state), wide.step(x.double(), exact), 2 * TOLERANCE[dtype])
+    close(state["h"], exact["h"], 2 * TOLERANCE[dtype])
+    close(state["conv"], exact["conv"], TOLERANCE[dtype])

@@ -22,6 +22,8 @@ class EngineConfig:
 
     slots: int | None = None
     """Sequences decoded at once; None: 8 on a CPU, on a GPU as many as memory holds (to 1024)."""
+    step_sizes: tuple[int, ...] | None = None
+    """Batch sizes that a GPU captures, the slots' number beside them; None: some thirty."""
     max_length: int = 4096
     """Tokens of a sequence, prompt included, where states grow; others are not limited."""
     prefill_chunk: int = 2048

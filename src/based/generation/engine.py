@@ -52,7 +52,8 @@ class Engine:
         slots = slot_count(model, self.config)
         self._one_shape = self.config.deterministic or not cuda
         self.pool = StatePool(model, slots, self.config.max_length, self.config.recent)
-        sizes = [slots] if self._one_shape else batch_sizes(slots)
+        sizes = batch_sizes(slots) if self.config.step_sizes is None else self.config.step_sizes
+        sizes = [slots] if self._one_shape else sorted({*(s for s in sizes if s < slots), slots})
         step = decode_step(model, self.config.quantize)
         self._decode = DecodeStep(model, self.pool.state, sizes, step, graphs=cuda)
         self._decode.check()

@@ -21,8 +21,9 @@ TILE = {"BLOCK_S": 32, "STAGES": 3, "num_warps": 4}
 JOIN = {"num_warps": 4}
 # Below any score, and finite, so that what has seen no slot weighs nothing.
 LOWEST = tl.constexpr(-1e30)
-# Programs wanted at least, and slots that a program should not go below.
-PROGRAMS, SMALLEST = 512, 256
+# Programs wanted, so that the last ones of a device's waves cost little, and slots that a
+# program should not go below.
+PROGRAMS, SMALLEST = 4096, 256
 
 
 @triton.jit

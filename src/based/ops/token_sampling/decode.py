@@ -94,8 +94,8 @@ def _sample_kernel(
     position_ptr,
     tokens_ptr,
     logprobs_ptr,
-    vocab,
-    stride,
+    vocab: tl.constexpr,
+    stride: tl.constexpr,
     BLOCK: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
@@ -193,8 +193,9 @@ def sample_tokens_kernel(
         position,
         tokens,
         logprobs,
-        vocab,
-        logits.stride(0),
+        # Constants, so that rows are known to be aligned.
+        vocab=vocab,
+        stride=logits.stride(0),
         BLOCK=block,
         **overlap(logits),
         **LAUNCH,

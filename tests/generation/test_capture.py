@@ -9,8 +9,10 @@ from collections import Counter
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from based.generation.step import DecodeStep
+from based.mixers.taylor_linear_attention import TaylorLinearAttention
 from based.models import Decoder, preset
 from based.models.presets import PRESETS
 from based.ops.token_sampling.decode import _sample_kernel
@@ -30,7 +32,7 @@ class Launches(TorchDispatchMode):
         self.nodes: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        tensors = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if is_tensor(x)]
+        tensors = [x for x in tree_leaves((args, kwargs)) if is_tensor(x)]
         assert all(x.is_meta for x in tensors), f"{func} reads the host's memory"
         name = func._schema.name.removeprefix("aten::")
         if name not in NO_LAUNCH:
@@ -83,14 +85,10 @@ def test_no_step_looks_at_data(name: str, rows: int, launches: Launches) -> None
 
 def test_a_step_that_waits_is_found(launches: Launches) -> None:
     """The reference path of the deferred step asks whether any ring is full."""
-    from based.ops.taylor_linear_attention.step import taylor_linear_attention_deferred_step
-
-    q, k, v = (torch.zeros(2, 1, n, device="meta", dtype=torch.float64) for n in (4, 4, 8))
-    S = torch.zeros(2, 1, 15, 8, device="meta", dtype=torch.float64)
-    ring = [torch.zeros(2, 3, 1, n, device="meta", dtype=torch.float64) for n in (4, 8)]
-    seen = torch.zeros(2, device="meta", dtype=torch.long)
-    with pytest.raises((RuntimeError, NotImplementedError)):
-        taylor_linear_attention_deferred_step(q, k, v, S, S[..., 0].contiguous(), *ring, seen)
+    mixer = TaylorLinearAttention(16, num_heads=1).to("meta", torch.float64)
+    state = mixer.init_state(2, recent=3)
+    with pytest.raises(RuntimeError, match=r"item\(\) cannot be called on meta tensors"):
+        mixer.step(torch.zeros(2, 16, device="meta", dtype=torch.float64), state)
 
 
 def test_a_step_of_one_row_is_few_launches(launches: Launches) -> None:

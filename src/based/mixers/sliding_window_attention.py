@@ -89,9 +89,10 @@ class SlidingWindowAttention(Mixer):
 
     def _step(self, qkv: Tensor, state: State) -> Tensor:
         """What the heads give, side by side; `length` is not advanced."""
+        q, k, v = self._heads(qkv)
         cache = state["keys"], state["values"], state["length"]
         frequencies = frequencies_on(qkv.device, self.head_dim, self.rotary_fraction)
-        return attention_step(*self._heads(qkv), *cache, frequencies).flatten(-2)
+        return attention_step(q, k, v, *cache, frequencies).flatten(-2)
 
     def _attend(
         self,

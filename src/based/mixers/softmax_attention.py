@@ -96,9 +96,10 @@ class SoftmaxAttention(Mixer):
             state.update(grow(state, CACHE, longest + 1))
             state.room = state["keys"].shape[1] - longest
         state.room -= 1
+        q, k, v = self._heads(qkv)
         cache = state["keys"], state["values"], state["length"]
         frequencies = frequencies_on(qkv.device, self.head_dim, self.rotary_fraction)
-        return attention_step(*self._heads(qkv), *cache, frequencies).flatten(-2)
+        return attention_step(q, k, v, *cache, frequencies).flatten(-2)
 
     def join_states(self, states: Sequence[State]) -> State:
         capacity = max(state["keys"].shape[1] for state in states)

@@ -5,6 +5,8 @@ import sys
 import pytest
 
 from based.errors import BasedError
+from based.ops import kernels
+from based.ops.few_rows_linear import projections
 from benchmarks import floors, generation, rows
 
 
@@ -37,6 +39,19 @@ def test_decode_at_a_context_resumes_and_is_drawn(bench, monkeypatch) -> None:
     assert bench(*command) == got
     path = generation.draw()
     assert path.stat().st_size > 10_000
+
+
+def test_ablations_and_profiles_are_rows_of_their_own(bench, monkeypatch) -> None:
+    monkeypatch.setattr(generation, "profiled", lambda call: call() or {"other": 1.0})
+    for name in ("OVERLAP", "INTERPRETING"):
+        monkeypatch.setattr(kernels, name, getattr(kernels, name))
+    monkeypatch.setattr(projections, "MOST_ROWS", 4)
+    common = ("--models", "based-tiny", "--batches", "1", "--contexts", "20", "--tokens", "2")
+    bench("profile", *common)
+    got = bench("profile", *common, "--no-overlap", "--no-fused", "--recent", "0")
+    assert [row["fused"] for row in got] == [True, False]
+    assert got[1]["ms"] == {"other": 1.0}
+    assert (kernels.OVERLAP, projections.MOST_ROWS) == (False, 0)
 
 
 def test_whole_requests_and_real_prompts(bench) -> None:

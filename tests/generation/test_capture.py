@@ -5,6 +5,7 @@ device or copies from the host is an error there, as it would be while a graph i
 """
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from based.models import Decoder, preset
 from based.models.presets import PRESETS
 from based.ops.token_sampling.decode import _sample_kernel
 
+PAGE = Path(__file__).parents[2] / "docs" / "generation.md"
 NO_LAUNCH = {
     *("alias", "as_strided", "detach", "empty", "empty_like", "expand", "new_empty", "permute"),
     *("select", "slice", "split", "split_with_sizes", "squeeze", "t", "transpose", "unbind"),
@@ -96,6 +98,7 @@ def test_a_step_of_one_row_is_few_launches(launches: Launches) -> None:
     nodes = step_nodes("based-1.3b", 1, launches)
     assert nodes.total() == 22 * 2 + 14 * 3 + 36 * 2 + 4, nodes
     assert nodes["_linear_kernel"] == 22 * 2 + 14 * 2 + 36 * 2 + 1
+    assert f"{nodes.total()} kernels\na token" in PAGE.read_text()
 
 
 def test_a_step_of_many_rows_fuses_what_stands_between_products(launches: Launches) -> None:
@@ -104,3 +107,4 @@ def test_a_step_of_many_rows_fuses_what_stands_between_products(launches: Launch
     assert products == 22 * 2 + 7 * 4 + 7 * 2 + 36 * 2 + 1
     # Norms, kernels of mixers and of SwiGLU, counters, embedding and its cast, sampling.
     assert nodes.total() - products == 73 + 36 + 36 + 14 + 3, nodes
+    assert f"a step of many rows has {nodes.total()}." in PAGE.read_text()

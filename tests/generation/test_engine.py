@@ -10,6 +10,7 @@ from based.data import train_tokenizer
 from based.errors import BasedError
 from based.generation import Engine, EngineConfig, Sampling, generate, stream
 from based.generation.pool import StatePool, slot_bytes
+from based.generation.step import step_sizes
 from based.models import Decoder, preset
 
 VOCABULARY = 60
@@ -123,6 +124,14 @@ def test_sequences_move_between_batch_sizes(model, monkeypatch) -> None:
         want = alone(wide, prompt(3 + i, i), samplings[i], config())
         assert request.tokens == want.tokens
         assert request.logprobs == pytest.approx(want.logprobs, abs=1e-9)
+
+
+def test_the_sizes_that_a_gpu_captures() -> None:
+    """The sizes asked for that are below the slots' number, and that number."""
+    engine = Engine(make(), config(slots=8, step_sizes=(2, 16)))
+    assert engine._decode.sizes == [8]  # a CPU has one
+    assert step_sizes(100, (2, 64, 128)) == [2, 64, 100]
+    assert step_sizes(20, None) == [1, 2, 4, 8, 16, 20]
 
 
 def make_double(model: Decoder) -> Decoder:

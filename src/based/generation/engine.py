@@ -23,7 +23,7 @@ from based.generation.quantization import decode_step
 from based.generation.request import Generation, Snapshot
 from based.generation.sampling import Sampling, sampling_rows, to_device
 from based.generation.scheduler import Scheduler
-from based.generation.step import DecodeStep, Report, batch_sizes
+from based.generation.step import DecodeStep, Report, step_sizes
 from based.generation.text import TextStream
 from based.models import Decoder, DecoderState
 from based.ops.token_sampling import SamplingRows, sample_tokens
@@ -52,8 +52,7 @@ class Engine:
         slots = slot_count(model, self.config)
         self._one_shape = self.config.deterministic or not cuda
         self.pool = StatePool(model, slots, self.config.max_length, self.config.recent)
-        sizes = batch_sizes(slots) if self.config.step_sizes is None else self.config.step_sizes
-        sizes = [slots] if self._one_shape else sorted({*(s for s in sizes if s < slots), slots})
+        sizes = [slots] if self._one_shape else step_sizes(slots, self.config.step_sizes)
         step = decode_step(model, self.config.quantize)
         self._decode = DecodeStep(model, self.pool.state, sizes, step, graphs=cuda)
         self._decode.check()

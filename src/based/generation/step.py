@@ -146,10 +146,11 @@ def to_host(x: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
 
 
-def batch_sizes(slots: int) -> list[int]:
-    """Sizes worth a graph: powers of two to 8, then steps of about an eighth to a quarter."""
-    sizes, size = [], 1
-    while size < slots:
+def step_sizes(slots: int, wanted: Sequence[int] | None) -> list[int]:
+    """The batch sizes wanted below `slots`, and that; by default those that are worth a graph:
+    powers of two to 8, then steps of about an eighth to a quarter."""
+    sizes, size = list(wanted or ()), 1
+    while wanted is None and size < slots:
         sizes.append(size)
         size += size if size < 8 else max(8, 2 ** (size.bit_length() - 3))
-    return [*sizes, slots]
+    return [*sorted({size for size in sizes if size < slots}), slots]

@@ -16,8 +16,8 @@ from torch import Tensor
 from based.ops.kernels import overlap
 from based.ops.overlap import wait_for_previous
 
-# Numbers of W that a program holds, and its warps: 32 KB in flight each.
-TILE, LAUNCH = 16384, {"num_warps": 4}
+# Bytes of W that a program holds, all in flight at once, and its warps.
+TILE, LAUNCH = 32768, {"num_warps": 4}
 
 
 @triton.jit
@@ -154,7 +154,8 @@ def linear_kernel(
     total = x if branch is None else torch.empty_like(x)
     out = torch.empty((rows, N), dtype=weights[0].dtype, device=x.device)
     block_c, width = triton.next_power_of_2(C), 0 if taps is None else taps.shape[1]
-    block_n = max(1, TILE // block_c // (2 if gated else 1))
+    tile = TILE // weights[0].element_size()
+    block_n = max(1, tile // block_c // (2 if gated else 1))
     while second % block_n or third % block_n:
         block_n //= 2
     _linear_kernel[(triton.cdiv(N, block_n),)](

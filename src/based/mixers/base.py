@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from based.errors import BasedError
 from based.mixers import packing
 from based.mixers.state import State
-from based.ops.elementwise import Residual
+from based.ops.elementwise import Residual, add_rms_norm
 
 
 class TensorSpec(NamedTuple):
@@ -69,7 +69,7 @@ class Mixer(nn.Module, ABC):
 
         Overridden where, at few rows, the norm can join the kernels of the step.
         """
-        x, normed = residual.normed()
+        x, normed = add_rms_norm(*residual)
         return x, self.step(normed, state)
 
     def mix_packed(

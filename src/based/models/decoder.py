@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from based.mixers import Mixer, State, build_mixer
 from based.mixers.packing import Packing
 from based.models.config import DecoderConfig
-from based.ops.elementwise import Residual, swiglu
+from based.ops.elementwise import Residual, add_rms_norm, swiglu
 from based.ops.few_rows_linear import fuses, linear, norm_linear, norm_linear_swiglu
 from based.ops.linear_cross_entropy import linear_cross_entropy
 
@@ -76,7 +76,7 @@ class SwiGLU(nn.Module):
         if fuses(residual, self.fc1, self.fc2):
             x, hidden = norm_linear_swiglu(residual, self.fc1.weight)
             return x, linear(hidden, self.fc2)
-        x, normed = residual.normed()
+        x, normed = add_rms_norm(*residual)
         return x, self.fc2(swiglu(self.fc1(normed)))
 
 
@@ -226,12 +226,12 @@ class Decoder(nn.Module):
         residual = self._step_blocks(tokens, state)
         if residual.x.shape[0] and fuses(residual):
             return norm_linear(residual, [self.embedding.weight])[1]
-        return self.logits(residual.normed()[1])
+        return self.logits(add_rms_norm(*residual)[1])
 
     @torch.no_grad()
     def step_hidden(self, tokens: Int[Tensor, " B"], state: DecoderState) -> Float[Tensor, "B C"]:
         """As `step`, but returns the final hidden states, ready for `logits`."""
-        return self._step_blocks(tokens, state).normed()[1]
+        return add_rms_norm(*self._step_blocks(tokens, state))[1]
 
     def _step_blocks(self, tokens: Tensor, state: DecoderState) -> Residual:
         x, branch = self._embed(tokens), None

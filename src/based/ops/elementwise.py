@@ -11,16 +11,15 @@ from based.ops.kernels import use_kernels
 
 
 class Residual(NamedTuple):
-    """A residual stream x + branch, and the RMSNorm that the next branch begins with."""
+    """A residual stream x + branch, and the RMSNorm that the next branch begins with.
+
+    The arguments of `add_rms_norm`, for whoever computes it.
+    """
 
     x: Float[Tensor, "B C"]
     branch: Float[Tensor, "B C"] | None
     weight: Float[Tensor, " C"]
     eps: float
-
-    def normed(self) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B C"]]:
-        """The sum, and that normalised, in weight's dtype. No gradients."""
-        return add_rms_norm(*self)
 
 
 def add_rms_norm(

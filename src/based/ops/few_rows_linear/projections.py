@@ -17,7 +17,7 @@ from based.ops.kernels import use_kernels
 MOST_ROWS = 4
 
 
-def fuses(residual: Residual, *layers: nn.Linear) -> bool:
+def fuses(residual: Residual, *layers: nn.Module) -> bool:
     """Whether a step on these rows may read the layers' weights itself.
 
     Layers that are not plain (quantised, or with an adapter) are called instead.

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import cycle
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from based.generation import Engine
 from based.mixers import State
 from based.models import Decoder
+from based.ops.elementwise import Residual
+from based.ops.few_rows_linear import linear, norm_linear_swiglu
+from based.ops.few_rows_linear.projections import MOST_ROWS
 from based.ops.gated_short_convolution import gated_short_convolution_step
 from based.ops.rotary import frequencies_on
 from based.ops.sliding_window_attention import attention_step
@@ -34,15 +38,22 @@ HEADS, K, WINDOW, RECENT = 16, 16, 129, 16
 
 
 def median_device_seconds(function: Callable[[], object], device: torch.device) -> float:
-    """Of one call; on a GPU of one among many in a row, timed by its own events."""
+    """Of one call; on a GPU of one among many in a row, in a graph: without the host's part."""
     if device.type != "cuda":
         return median_seconds(function)
-    times = []
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        function()
+    torch.cuda.current_stream().wait_stream(side)
+    graph, times = torch.cuda.CUDAGraph(), []
+    with torch.cuda.graph(graph):
+        for _ in range(20):
+            function()
     for _ in range(8):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
-        for _ in range(20):
-            function()
+        graph.replay()
         end.record()
         end.synchronize()
         times.append(begin.elapsed_time(end) / 20_000)
@@ -106,7 +117,8 @@ def kernel_cells(batches: tuple[int, ...], device: torch.device) -> Cells:
     """Each decode kernel at the sizes of based-1.3b and based-360m."""
     for batch in batches:
         for head_dim in HEAD_DIMS:
-            for name, make in KERNELS.items():
+            made = KERNELS if batch > MOST_ROWS else {**KERNELS, **FEW_ROWS}
+            for name, make in made.items():
                 key = {"kernel": name, "batch": batch, "head_dim": head_dim}
                 yield key, lambda m=make, b=batch, d=head_dim: _kernel(m, b, d, device)
 
@@ -163,6 +175,19 @@ def _convolution(batch: int, D: int, dtype: torch.dtype) -> Made:
     return lambda: gated_short_convolution_step(projected, weight, past), moved
 
 
+def _products(batch: int, D: int, dtype: torch.dtype, gated: bool) -> Made:
+    """An MLP's projections, each call with weights that no cache holds any more."""
+    C, hidden = HEADS * D, 2 * HEADS * D
+    shape = (2 * hidden, C) if gated else (C, hidden)
+    layers = [nn.Linear(shape[1], shape[0], bias=False, dtype=dtype) for _ in range(16)]
+    turn, x = cycle(layers), torch.randn(batch, C)
+    residual = Residual(x, x.to(dtype), torch.ones(C, dtype=dtype), 1e-5)
+    inner, moved = torch.randn(batch, hidden, dtype=dtype), float(layers[0].weight.nbytes)
+    if gated:
+        return lambda: norm_linear_swiglu(residual, next(turn).weight)[1], moved
+    return lambda: linear(inner, next(turn)), moved
+
+
 KERNELS: dict[str, Callable[[int, int, torch.dtype], Made]] = {
     "taylor_step": lambda batch, D, dtype: _taylor(batch, D, dtype, 0),
     "taylor_deferred_step": lambda batch, D, dtype: _taylor(batch, D, dtype, RECENT),
@@ -170,6 +195,12 @@ KERNELS: dict[str, Callable[[int, int, torch.dtype], Made]] = {
     "attention_step_1k": lambda batch, D, dtype: _attention(batch, D, dtype, 1024),
     "attention_step_4k": lambda batch, D, dtype: _attention(batch, D, dtype, 4096),
     "convolution_step": _convolution,
+}
+
+# Only where steps take them.
+FEW_ROWS: dict[str, Callable[[int, int, torch.dtype], Made]] = {
+    "norm_fc1_swiglu": partial(_products, gated=True),
+    "fc2": partial(_products, gated=False),
 }
 
 

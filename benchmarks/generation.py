@@ -24,18 +24,30 @@ import torch
 import tyro
 from rich.console import Console
 
-from based.generation import Engine, EngineConfig, Sampling
+from based.generation import Engine, EngineConfig, Generation, Sampling
 from based.generation.quantization import Precision
 from based.models import Decoder, DecoderState, preset
 from based.models.device import pick_device
+from based.ops import kernels
+from based.ops.few_rows_linear import projections
 from benchmarks import floors, peers
 from benchmarks.generation_plot import draw
+from benchmarks.profile import profiled
 from benchmarks.rows import add_row, has_row
 
 NAME = "generation"
-WARMUP = 8
+WARMUP, PREFILL_ROWS = 8, 128
 Piece = Literal[
-    "decode", "generate", "prompt", "kernels", "state", "huggingface", "mamba", "official", "plot"
+    "decode",
+    "prompt",
+    "profile",
+    "generate",
+    "kernels",
+    "state",
+    "huggingface",
+    "mamba",
+    "official",
+    "plot",
 ]
 
 
@@ -44,9 +56,10 @@ class Options:
     """One piece of the benchmark."""
 
     piece: Annotated[Piece, tyro.conf.Positional]
-    """decode: rounds at a context. generate: whole requests, as the paper counts. prompt: as
-    decode, after a real prompt of that length. kernels: bytes a second of each decode kernel.
-    state: the error of a state over many tokens. The others are peers; plot draws the rows."""
+    """decode: rounds at a context. prompt: the same after a real prompt of that length. profile:
+    a round's GPU time by kind of kernel. generate: whole requests, as the paper counts.
+    kernels: bytes a second of each decode kernel. state: the error of a state over many tokens.
+    The others are peers; plot draws the rows."""
     models: tuple[str, ...] = ("based-1.3b",)
     batches: tuple[int, ...] = (1, 128)
     contexts: tuple[int, ...] = (1024,)
@@ -56,6 +69,10 @@ class Options:
     """Tokens between writes of the linear state; 0 writes every token."""
     deterministic: bool = False
     quantize: Precision | None = None
+    overlap: bool = True
+    """Whether kernels start while the one before ends (programmatic dependent launch)."""
+    fused: bool = True
+    """Whether steps of few rows take the fused projections."""
     tokens: int = 64
     """Timed steps, or tokens that each request generates."""
     prompt: int = 128
@@ -73,6 +90,8 @@ def main() -> None:
         Console().print(f"wrote {draw()}")
         return
     device = pick_device(options.device)
+    kernels.OVERLAP = options.overlap
+    projections.MOST_ROWS *= options.fused
     for key, measure in cells(options, device):
         key = {"piece": options.piece, **key}
         if has_row(NAME, key):
@@ -98,11 +117,11 @@ def cells(options: Options, device: torch.device) -> Cells:
         yield from floors.kernel_cells(options.batches, device)
     elif options.piece == "state":
         yield from floors.state_cells(options.contexts, device)
-    elif options.piece in ("decode", "prompt"):
-        real = options.piece == "prompt"
+    elif options.piece in ("decode", "prompt", "profile"):
+        make = _profile if options.piece == "profile" else _decode
         for model, context, batch in grid:
             key = {"system": "based", "model": model, "batch": batch, "context": context}
-            yield {**key, **_dials(options)}, _decode(options, device, model, batch, context, real)
+            yield {**key, **_dials(options)}, make(options, device, model, batch, context)
     elif options.piece == "generate":
         for model, batch in product(options.models, options.batches):
             key = {"system": "based", "model": model, "batch": batch}
@@ -116,7 +135,7 @@ def cells(options: Options, device: torch.device) -> Cells:
 
 
 def _dials(options: Options) -> dict[str, Any]:
-    names = ("window", "recent", "deterministic", "quantize")
+    names = ("window", "recent", "deterministic", "quantize", "overlap", "fused")
     return {name: value for name, value in asdict(options).items() if name in names}
 
 
@@ -147,8 +166,10 @@ def _engine(options: Options, model: Decoder, batch: int, length: int) -> Engine
     config = EngineConfig(
         slots=batch,
         max_length=length,
-        # The slots fill as fast as they can: what is timed comes after.
+        # The slots fill as fast as they can, and all of them stay full: what is timed comes after.
         decode_per_prefill=0,
+        prefill_rows=PREFILL_ROWS,
+        step_sizes=(batch,),
         recent=options.recent,
         deterministic=options.deterministic,
         quantize=options.quantize,
@@ -156,22 +177,31 @@ def _engine(options: Options, model: Decoder, batch: int, length: int) -> Engine
     return Engine(model, config)
 
 
+def _filled(
+    options: Options, device: torch.device, name: str, batch: int, context: int
+) -> tuple[Engine, list[Generation]]:
+    """An engine all of whose slots decode, at a context: a real one if the piece is `prompt`."""
+    model, real = build(name, device, options.window), options.piece == "prompt"
+    prompt = torch.randint(model.config.vocab_size, (context if real else 1,)).tolist()
+    margin = batch + 2 * WARMUP + options.tokens
+    engine = _engine(options, model, batch, context + margin + 1)
+    greedy = Sampling(temperature=0.0, max_new_tokens=margin)
+    requests = [engine.submit(prompt, greedy) for _ in range(batch)]
+    while any(request.drawn == 0 for request in requests):
+        engine.step()
+    if not real:
+        place_at(engine.pool.state, context)
+    return engine, requests
+
+
 def _decode(
-    options: Options, device: torch.device, name: str, batch: int, context: int, real: bool
+    options: Options, device: torch.device, name: str, batch: int, context: int
 ) -> Callable[[], dict[str, Any]]:
     def measure() -> dict[str, Any]:
-        model = build(name, device, options.window)
-        prompt = torch.randint(model.config.vocab_size, (context if real else 1,)).tolist()
-        margin = batch + 2 * WARMUP + options.tokens
         began = time.perf_counter()
-        engine = _engine(options, model, batch, context + margin + 1)
+        engine, requests = _filled(options, device, name, batch, context)
         ready = time.perf_counter() - began
-        greedy = Sampling(temperature=0.0, max_new_tokens=margin)
-        requests = [engine.submit(prompt, greedy) for _ in range(batch)]
-        while any(request.drawn == 0 for request in requests):
-            engine.step()
-        if not real:
-            place_at(engine.pool.state, context)
+        peak_bytes(device)
         seconds = time_rounds(engine, options.tokens, device)
         assert not any(request.finished for request in requests)
         return {
@@ -180,8 +210,19 @@ def _decode(
             "start_seconds": ready,
             "state_bytes": engine.pool.state.nbytes,
             "peak_bytes": peak_bytes(device),
-            **floors.decode_floor(model, batch, context, engine, device),
+            **floors.decode_floor(engine.model, batch, context, engine, device),
         }
+
+    return measure
+
+
+def _profile(
+    options: Options, device: torch.device, name: str, batch: int, context: int
+) -> Callable[[], dict[str, Any]]:
+    def measure() -> dict[str, Any]:
+        engine, _ = _filled(options, device, name, batch, context)
+        seconds = time_rounds(engine, WARMUP, device)
+        return {"ms_per_step": 1000 * seconds, "ms": profiled(engine.step)}
 
     return measure
 
@@ -226,6 +267,7 @@ def _generate(
             return time.perf_counter() - began
 
         run(2)
+        peak_bytes(device)
         prefill, seconds = run(1), run(options.tokens)
         return {
             "tokens_per_second": batch * options.tokens / seconds,

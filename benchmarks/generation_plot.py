@@ -7,6 +7,10 @@ from typing import Any
 
 from benchmarks.rows import RESULTS, read_rows
 
+# Rows of other choices are in the file, not in the curves.
+USUAL = {"window": None, "recent": 16, "deterministic": False, "quantize": None}
+USUAL |= {"overlap": True, "fused": True}
+
 
 def draw() -> Path:
     from matplotlib.figure import Figure
@@ -14,7 +18,11 @@ def draw() -> Path:
     rows = [row for row in read_rows("generation") if "tokens_per_second" in row]
     figure = Figure(figsize=(12, 3.8), layout="constrained")
     by_batch, by_context, memory = figure.subplots(1, 3)
-    decoded = [row for row in rows if row["piece"] == "decode"]
+    decoded = [
+        row
+        for row in rows
+        if row["piece"] == "decode" and all(row[name] == USUAL[name] for name in USUAL)
+    ]
     for (name, context), line in _lines(decoded, "model", "context").items():
         _curve(by_batch, line, "batch", f"{name}, {context:,}")
     for (name, batch), line in _lines(decoded, "model", "batch").items():

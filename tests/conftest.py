@@ -2,10 +2,12 @@
 
 import ast
 import os
+from collections.abc import Iterator
 
 import jaxtyping._import_hook as hook
 import pytest
 import torch
+from jaxtyping import config as hook_config
 
 if not torch.cuda.is_available():
     # Before any kernel is defined: they are interpreted, on CPU tensors.
@@ -18,11 +20,18 @@ def _is_unchecked(decorator: ast.AST, unchecked=hook._is_no_type_check) -> bool:
 
 
 hook._is_no_type_check = _is_unchecked
-if "PYTEST_XDIST_WORKER" in os.environ:
-    # Workers share the cores.
-    torch.set_num_threads(1)
+# Tests are small and share the cores: threads that wait for each other cost minutes.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _unchecked_soak(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Annotations are checked by the short tests; over millions of calls that takes hours."""
+    hook_config.update("jaxtyping_disable", request.node.get_closest_marker("soak") is not None)
+    yield
+    hook_config.update("jaxtyping_disable", False)

@@ -5,6 +5,8 @@ import sys
 import pytest
 
 from based.errors import BasedError
+from based.ops import kernels
+from based.ops.few_rows_linear import projections
 from benchmarks import floors, generation, rows
 
 
@@ -39,6 +41,19 @@ def test_decode_at_a_context_resumes_and_is_drawn(bench, monkeypatch) -> None:
     assert path.stat().st_size > 10_000
 
 
+def test_ablations_and_profiles_are_rows_of_their_own(bench, monkeypatch) -> None:
+    monkeypatch.setattr(generation, "profiled", lambda call: call() or {"other": 1.0})
+    for name in ("OVERLAP", "INTERPRETING"):
+        monkeypatch.setattr(kernels, name, getattr(kernels, name))
+    monkeypatch.setattr(projections, "MOST_ROWS", 4)
+    common = ("--models", "based-tiny", "--batches", "1", "--contexts", "20", "--tokens", "2")
+    bench("profile", *common)
+    got = bench("profile", *common, "--no-overlap", "--no-fused", "--recent", "0")
+    assert [row["fused"] for row in got] == [True, False]
+    assert got[1]["ms"] == {"other": 1.0}
+    assert (kernels.OVERLAP, projections.MOST_ROWS) == (False, 0)
+
+
 def test_whole_requests_and_real_prompts(bench) -> None:
     common = ("--models", "based-tiny", "--batches", "2", "--tokens", "5")
     (row,) = bench("generate", *common, "--prompt", "9")
@@ -58,10 +73,11 @@ def test_hugging_face_at_our_sizes(bench) -> None:
 def test_kernels_and_state(bench, monkeypatch) -> None:
     monkeypatch.setattr(floors, "HEAD_DIMS", (64,))
     monkeypatch.setattr(floors, "median_device_seconds", lambda call, device: call() is not None)
+    monkeypatch.setattr(floors, "HEADS", 2)
     got = bench("kernels", "--batches", "2")
-    assert [row["kernel"] for row in got] == list(floors.KERNELS)
-    # A float32 state of 153 x 64 and its normaliser, read and written, two rows of 16 heads.
-    assert got[0]["bytes"] == 2 * 2 * 16 * 153 * 65 * 4
+    assert [row["kernel"] for row in got] == [*floors.KERNELS, *floors.FEW_ROWS]
+    # A float32 state of 153 x 64 and its normaliser, read and written, two rows of two heads.
+    assert got[0]["bytes"] == 2 * 2 * 2 * 153 * 65 * 4
     got = bench("state", "--contexts", "100")[-4:]
     assert {(row["stored"], row["recent"]) for row in got} == {
         (stored, recent) for stored in ("float32", "bfloat16") for recent in (0, 16)

@@ -10,6 +10,7 @@ from based.data import train_tokenizer
 from based.errors import BasedError
 from based.generation import Engine, EngineConfig, Sampling, generate, stream
 from based.generation.pool import StatePool, slot_bytes
+from based.generation.step import step_sizes
 from based.models import Decoder, preset
 
 VOCABULARY = 60
@@ -125,6 +126,14 @@ def test_sequences_move_between_batch_sizes(model, monkeypatch) -> None:
         assert request.logprobs == pytest.approx(want.logprobs, abs=1e-9)
 
 
+def test_the_sizes_that_a_gpu_captures() -> None:
+    """The sizes asked for that are below the slots' number, and that number."""
+    engine = Engine(make(), config(slots=8, step_sizes=(2, 16)))
+    assert engine._decode.sizes == [8]  # a CPU has one
+    assert step_sizes(100, (2, 64, 128)) == [2, 64, 100]
+    assert step_sizes(20, None) == [1, 2, 4, 8, 16, 20]
+
+
 def make_double(model: Decoder) -> Decoder:
     wide = Decoder(model.config).double()
     wide.load_state_dict(model.state_dict())
@@ -141,9 +150,15 @@ def test_prompts_read_together_are_prompts_read_alone(model) -> None:
         assert requests[i].tokens == alone(wide, prompt(n, i), SAMPLED, config()).tokens
 
 
-@pytest.mark.parametrize("when", range(2, 12))
+def at_phases(last: int):
+    """Every phase of a deferred ring of four, in the model that has one; one in the others."""
+    cases = [("based-tiny", when) for when in range(2, last)]
+    cases += [("attn-tiny", 4), ("window-tiny", 5)]
+    return pytest.mark.parametrize(("model", "when"), cases, indirect=["model"])
+
+
+@at_phases(12)
 def test_preemption_changes_no_bit(model, when) -> None:
-    """At every phase of a deferred ring of four, one step late or not."""
     settings = config(recent=4)
     want = alone(model, prompt(7), SAMPLED, settings)
     engine = Engine(model, settings)
@@ -157,7 +172,7 @@ def test_preemption_changes_no_bit(model, when) -> None:
     assert same_bits(request, want)
 
 
-@pytest.mark.parametrize("when", range(2, 8))
+@at_phases(8)
 def test_fork_and_continue_at_every_phase(model, when) -> None:
     wide = make_double(model)
     settings, greedy = config(recent=4), replace(SAMPLED, temperature=0.0, max_new_tokens=15)
@@ -287,8 +302,7 @@ def test_rows_leave_and_enter_a_pool_whole() -> None:
     with torch.no_grad():
         _, state = model(torch.tensor([prompt(9), prompt(9, 1)]), model.init_state(2))
     assert [pool.acquire(), pool.acquire()] == [0, 1]
-    pool.load(0, state, 1)
-    pool.load(1, state, 0)
+    pool.load([1, 0], state)
     pool.move(1, 2)
     assert pool.free == 1
     assert pool.acquire() == 1

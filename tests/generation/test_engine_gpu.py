@@ -19,8 +19,9 @@ def model(request) -> Decoder:
     return make(request.param).to("cuda", torch.bfloat16)
 
 
-def test_within_one_batch_size_neighbours_change_no_bit(model) -> None:
-    settings = config(slots=8, deterministic=True)
+@pytest.mark.parametrize("slots", [3, 8])
+def test_within_one_batch_size_neighbours_change_no_bit(model, slots) -> None:
+    settings = config(slots=slots, deterministic=True)
     engine = Engine(model, settings)
     lengths = (5, 40, 1, 16, 17, 33, 9, 2, 20)
     requests = [engine.submit(prompt(n, n), replace(SAMPLED, seed=n)) for n in lengths]
@@ -39,6 +40,35 @@ def test_across_batch_sizes_log_probabilities_stay_near(model) -> None:
         count = same.index(False) if False in same else len(same)
         assert count > 0
         assert request.logprobs[:count] == pytest.approx(want.logprobs[:count], abs=0.1)
+
+
+@pytest.mark.parametrize("slots", [1, 8])
+def test_kernels_that_start_early_change_no_bit(model, slots, monkeypatch) -> None:
+    """Programmatic launch, in graphs: a read that did not wait would see old data."""
+    settings, sampling = config(slots=slots), replace(SAMPLED, max_new_tokens=100)
+    early = alone(model, prompt(9), sampling, settings)
+    monkeypatch.setattr("based.ops.kernels.OVERLAP", False)
+    assert same_bits(alone(model, prompt(9), sampling, settings), early)
+
+
+def test_fused_projections_stay_near_what_they_fuse(model, monkeypatch) -> None:
+    got = alone(model, prompt(9), GREEDY, config(slots=1))
+    monkeypatch.setattr("based.ops.few_rows_linear.projections.MOST_ROWS", 0)
+    want = alone(model, prompt(9), GREEDY, config(slots=1))
+    same = [a == b for a, b in zip(got.tokens, want.tokens, strict=True)]
+    count = same.index(False) if False in same else len(same)
+    assert count > 0
+    assert got.logprobs[:count] == pytest.approx(want.logprobs[:count], abs=0.1)
+
+
+def test_slots_left_open_fit_and_memory_stays_flat(model) -> None:
+    settings = config(slots=None, memory_share=2e-3, step_sizes=(8,), max_length=4096)
+    engine = Engine(model, settings)
+    assert engine.pool.slots > 8
+    run(engine, *(engine.submit(prompt(20, i), SAMPLED) for i in range(12)))
+    before = torch.cuda.memory_allocated()
+    run(engine, *(engine.submit(prompt(20, i), SAMPLED) for i in range(40)))
+    assert torch.cuda.memory_allocated() <= before
 
 
 def test_a_float32_model_draws_what_a_cpu_draws() -> None:

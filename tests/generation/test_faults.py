@@ -1,6 +1,7 @@
 """What goes wrong in an engine ends what it must, and nothing else; every slot is accounted for."""
 
 import random
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,8 @@ from test_engine import SAMPLED, alone, config, make, prompt, run, same_bits
 
 from based.errors import BasedError
 from based.generation import Engine, EngineConfig, Sampling
+from based.generation.config import _fitting
+from based.generation.pool import slot_bytes
 from based.models import Decoder, preset
 
 
@@ -242,3 +245,46 @@ def test_weights_that_are_not_finite_are_refused() -> None:
         Engine(model, EngineConfig(slots=1))
     with pytest.raises(BasedError, match="slots is 0"):
         Engine(model, EngineConfig(slots=0))
+
+
+@pytest.mark.parametrize("free", [10e9, 1e9])
+def test_slots_left_open_are_what_fits_beside_the_reading_of_prompts(free, monkeypatch) -> None:
+    """A GPU's memory, imitated: one call over prompts takes 2 GB of it."""
+    model, most = make("attn-tiny"), [0]
+    settings = EngineConfig(max_length=2000, prefill_chunk=64, memory_share=0.5)
+    cuda = torch.cuda
+    monkeypatch.setattr(cuda, "memory_allocated", lambda device: 5_000_000_000)
+    monkeypatch.setattr(cuda, "reset_peak_memory_stats", lambda device: most.append(0))
+    monkeypatch.setattr(cuda, "max_memory_allocated", lambda device: 7_000_000_000)
+    monkeypatch.setattr(cuda, "empty_cache", lambda: most.append(1))
+    monkeypatch.setattr(cuda, "mem_get_info", lambda device: (int(free), int(80e9)))
+    size, group = slot_bytes(model, 2000, 16), 16 * slot_bytes(model, 4)
+    if free < 2e9:
+        with pytest.raises(BasedError, match=r"beside the 2\.0 GB that reading prompts takes"):
+            _fitting(model, settings)
+    else:
+        assert _fitting(model, settings) == int(0.5 * (free - 2e9 - group) / size)
+    # The peak is looked at from the measured call on, and its memory given back.
+    assert most == [0, 0, 1]
+
+
+def test_the_one_by_one_reading_after_a_failed_call_has_its_memory_back(monkeypatch) -> None:
+    """Nothing of the failed call's frames is alive when its prompts are read again."""
+    model, alive = make(), []
+    engine = Engine(model, config(slots=8, prefill_chunk=128, prefill_rows=8))
+    hidden = model.hidden
+
+    class Activations:
+        pass
+
+    def limited(tokens, *arguments, **options):
+        activations = Activations()
+        alive.append(weakref.ref(activations))
+        if options:
+            raise torch.OutOfMemoryError("out of memory")
+        assert alive[0]() is None
+        return hidden(tokens, *arguments, **options)
+
+    monkeypatch.setattr(model, "hidden", limited)
+    run(engine, *(engine.submit(prompt(5), SAMPLED) for _ in range(3)))
+    assert len(alive) == 4

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from based.generation import Engine, EngineConfig, Sampling
+from based.mixers.mamba import Mamba
 from based.models import Decoder, DecoderConfig
 from based.ops import elementwise, elementwise_decode
 from based.ops.gated_short_convolution.decode import convolution_step_kernel
@@ -210,9 +211,11 @@ def test_sampling_draws_the_reference_s_tokens(dtype: torch.dtype) -> None:
     )
     seed = torch.randint(-(2**62), 2**62, (rows,))
     position = torch.randint(0, 2**40, (rows,))
-    options = [x.to(DEVICE) for x in (temperature, top_k, top_p, seed, position)]
+    options = [x.to(DEVICE) for x in (temperature, top_k, top_p, seed, position.clone())]
     want, want_logprobs = sample_tokens_reference(logits, *options)
-    got, logprobs = sample_tokens_kernel(logits, *options, block=64)
+    got, logprobs = torch.zeros_like(options[3]), torch.zeros(rows, device=DEVICE)
+    sample_tokens_kernel(logits, *options, got, logprobs, block=64)
+    assert torch.equal(options[-1].cpu(), position + 1)
     assert got.tolist() == want.tolist()
     assert logprobs.isnan().tolist() == [row in (2, 3, 5) for row in range(rows)]
     torch.testing.assert_close(logprobs, want_logprobs, equal_nan=True)
@@ -248,3 +251,17 @@ def test_the_engine_on_kernels_draws_what_the_reference_draws() -> None:
     # float64 has no kernels.
     model.double()
     assert tokens() == got
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_mamba_s_step(dtype: torch.dtype) -> None:
+    """The whole mixer, kernels against float64."""
+    mixer = Mamba(24, state_size=5).to(DEVICE, dtype)
+    wide = Mamba(24, state_size=5).to(DEVICE).double()
+    wide.load_state_dict(mixer.state_dict())
+    state, exact = mixer.init_state(3), wide.init_state(3)
+    for _ in range(6):
+        x = 3 * draw(3, 24, dtype=dtype)
+        close(mixer.step(x, state), wide.step(x.double(), exact), 2 * TOLERANCE[dtype])
+    close(state["h"], exact["h"], 2 * TOLERANCE[dtype])
+    close(state["conv"], exact["conv"], TOLERANCE[dtype])

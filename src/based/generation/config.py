@@ -22,6 +22,8 @@ class EngineConfig:
 
     slots: int | None = None
     """Sequences decoded at once; None: 8 on a CPU, on a GPU as many as memory holds (to 1024)."""
+    step_sizes: tuple[int, ...] | None = None
+    """Batch sizes that a GPU captures, the slots' number beside them; None: some thirty."""
     max_length: int = 4096
     """Tokens of a sequence, prompt included, where states grow; others are not limited."""
     prefill_chunk: int = 2048
@@ -40,7 +42,14 @@ class EngineConfig:
     quantize: Precision | None = None
     """Weight-only quantisation of the projections, for small batches."""
     memory_share: float = 0.9
-    """Share of a GPU's free memory that slots may take when their number is left open."""
+    """Share of a GPU's free memory that slots may take when their number is left open; what
+    reading prompts needs is set aside before."""
+
+    def prompts_together(self, cuda: bool) -> int:
+        """Prompts read in one call."""
+        if self.deterministic:
+            return 1
+        return self.prefill_rows or (16 if cuda else 1)
 
 
 def slot_count(model: Decoder, config: EngineConfig) -> int:
@@ -59,11 +68,31 @@ def slot_count(model: Decoder, config: EngineConfig) -> int:
 
 
 def _fitting(model: Decoder, config: EngineConfig) -> int:
-    free, _ = torch.cuda.mem_get_info(model.device)
+    """What the device has free beside the reading of prompts, in slots.
+
+    The rest of `memory_share` is for logits and activations of the captured steps,
+    some hundred kilobytes a slot.
+    """
+    needed = _reading_bytes(model, config)
+    torch.cuda.empty_cache()
+    free = max(0, torch.cuda.mem_get_info(model.device)[0] - needed)
     size = slot_bytes(model, config.max_length, config.recent)
     fitting = int(config.memory_share * free / size)
     if fitting < 1:
         raise BasedError(
-            f"a slot needs {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free; lower max_length"
+            f"a slot needs {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free beside the "
+            f"{needed / 1e9:.1f} GB that reading prompts takes; lower max_length or prefill_chunk"
         )
     return min(fitting, MOST_SLOTS)
+
+
+def _reading_bytes(model: Decoder, config: EngineConfig) -> int:
+    """The most memory that a call over prompts takes: measured, and the states of its rows."""
+    before = torch.cuda.memory_allocated(model.device)
+    torch.cuda.reset_peak_memory_stats(model.device)
+    tokens = torch.zeros(1, config.prefill_chunk, dtype=torch.long, device=model.device)
+    with torch.no_grad():
+        model.hidden(tokens, model.init_state(1, config.max_length))
+    rows = config.prompts_together(cuda=True)
+    states = rows * slot_bytes(model, config.prefill_chunk // rows)
+    return states + torch.cuda.max_memory_allocated(model.device) - before

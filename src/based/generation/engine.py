@@ -9,6 +9,7 @@ what is drawn after a sequence's end is dropped.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from based.generation.quantization import decode_step
 from based.generation.request import Generation, Snapshot
 from based.generation.sampling import Sampling, sampling_rows, to_device
 from based.generation.scheduler import Scheduler
-from based.generation.step import DecodeStep, Report, batch_sizes, packed
+from based.generation.step import DecodeStep, Report, step_sizes
 from based.generation.text import TextStream
 from based.models import Decoder, DecoderState
 from based.ops.token_sampling import SamplingRows, sample_tokens
@@ -51,17 +52,14 @@ class Engine:
         slots = slot_count(model, self.config)
         self._one_shape = self.config.deterministic or not cuda
         self.pool = StatePool(model, slots, self.config.max_length, self.config.recent)
-        sizes = [slots] if self._one_shape else batch_sizes(slots)
+        sizes = [slots] if self._one_shape else step_sizes(slots, self.config.step_sizes)
         step = decode_step(model, self.config.quantize)
         self._decode = DecodeStep(model, self.pool.state, sizes, step, graphs=cuda)
         self._decode.check()
         self.pool.wipe()
-        rows = self.config.prefill_rows
-        if rows is None or self.config.deterministic:
-            rows = 1 if self._one_shape else 16
         self._scheduler = Scheduler(
             self.config.prefill_chunk,
-            rows,
+            self.config.prompts_together(cuda),
             self.config.decode_per_prefill,
             self.config.max_waiting,
         )
@@ -211,8 +209,10 @@ class Engine:
         while self.pool.free and (generation := self._scheduler.next_parked()) is not None:
             assert generation.carry is not None
             row, last = self.pool.acquire(), (generation.tokens or generation.prompt)[-1]
-            self.pool.load(row, generation.carry)
-            self._place(row, generation, to_device(torch.tensor(last), self.model.device))
+            self.pool.load([row], generation.carry)
+            tokens = to_device(torch.tensor([last]), self.model.device)
+            self._decode.set_rows([row], tokens, self._options([generation]))
+            self._running[row] = generation
             generation.carry, generation.parked = None, False
 
     def _read_prompts(self) -> None:
@@ -229,14 +229,14 @@ class Engine:
 
     def _read_group(self, rows: list[int], group: list[Generation]) -> None:
         """Reads whole prompts together or, where memory does not suffice, one by one."""
-        try:
-            hidden, state = read_together(self.model, group, self.config.max_length)
-        except torch.OutOfMemoryError:
-            for self._reading in zip(rows, group, strict=True):
-                self._read_on()
-        else:
-            self._begin(rows, group, hidden, state)
         self._scheduler.count_prefill()
+        with suppress(torch.OutOfMemoryError):
+            hidden, state = read_together(self.model, group)
+            self._begin(rows, group, hidden, state)
+            return
+        # Only here is the memory of the failed call free.
+        for self._reading in zip(rows, group, strict=True):
+            self._read_on()
 
     def _read_on(self) -> None:
         """The next chunk of the prompt being read; a request too large for memory ends."""
@@ -244,8 +244,7 @@ class Engine:
         row, generation = self._reading
         self._scheduler.count_prefill()
         try:
-            chunk, length = self.config.prefill_chunk, self.config.max_length
-            hidden = read_chunk(self.model, generation, chunk, length)
+            hidden = read_chunk(self.model, generation, self.config.prefill_chunk)
         except torch.OutOfMemoryError:
             self._vacate(generation)
             generation.finish("error", "not enough memory to read the prompt")
@@ -260,31 +259,29 @@ class Engine:
         self, rows: list[int], group: list[Generation], hidden: Tensor, state: DecoderState
     ) -> None:
         """Draws the first token of each, and puts those that go on into their slots."""
-        drawn = sample_tokens(self.model.logits(hidden), self._options(group))
-        self._reports.append(Report(packed(drawn), dict(enumerate(group))))
-        for index, (row, generation) in enumerate(zip(rows, group, strict=True)):
-            generation.drawn += 1
-            if generation.drawn == generation.sampling.max_new_tokens:
-                self.pool.release(row)
-            else:
-                self.pool.load(row, state, index)
-                self._place(row, generation, drawn.tokens[index])
-
-    def _place(self, row: int, generation: Generation, token: Tensor) -> None:
-        """From the next step on, the row decodes; `token` is fed first."""
-        self._decode.set_row(row, token, self._options([generation]))
-        self._running[row] = generation
+        options = self._options(group)
+        drawn = sample_tokens(self.model.logits(hidden), options)
+        self.pool.load(rows, state)
+        self._decode.set_rows(rows, drawn.tokens, options)
+        self._reports.append(Report(drawn, dict(enumerate(group))))
+        self._running |= zip(rows, group, strict=True)
+        self._count_draw(rows)
 
     def _options(self, group: list[Generation]) -> SamplingRows:
         samplings, drawn = [g.sampling for g in group], [g.drawn for g in group]
         return sampling_rows(samplings, drawn, self.model.config.vocab_size, self.model.device)
 
     def _launch(self) -> None:
-        """One decode step; the row of a request that draws its last token is free at once."""
+        """One decode step, over the smallest batch size that holds all rows in use."""
         size = self._compact()
         self._reports.append(Report(self._decode.run(size), dict(self._running)))
         self._scheduler.count_decode_step()
-        for row, generation in list(self._running.items()):
+        self._count_draw(list(self._running))
+
+    def _count_draw(self, rows: list[int]) -> None:
+        """Each of these rows has had a draw; after its last one it is free."""
+        for row in rows:
+            generation = self._running[row]
             generation.drawn += 1
             if generation.drawn == generation.sampling.max_new_tokens:
                 del self._running[row]

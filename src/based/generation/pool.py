@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections.abc import Sequence
 
 import torch
 
 from based.errors import BasedError
+from based.generation.sampling import to_device
 from based.mixers import State
 from based.models import Decoder, DecoderState
 
@@ -48,17 +50,22 @@ class StatePool:
         assert row not in self._free
         heapq.heappush(self._free, row)
 
-    def load(self, row: int, states: DecoderState, index: int = 0) -> None:
-        """Overwrites all of a row with row `index` of `states`, canonical or as `read` gave it."""
-        targets, sources = [], []
+    def load(self, rows: Sequence[int], states: DecoderState) -> None:
+        """Overwrites all of the given rows by those of `states`, canonical or as `read` gave it.
+
+        States that grow may have less room there: what is beyond becomes zeros.
+        """
+        index = to_device(torch.tensor(list(rows)), self._model.device)
         for layer, given in zip(self.state, states, strict=True):
             for name, tensor in layer.items():
-                if name in given:
-                    targets.append(tensor[row])
-                    sources.append(given[name][index])
-                else:
-                    tensor[row].zero_()
-        torch._foreach_copy_(targets, sources)
+                if name not in given:
+                    tensor.index_fill_(0, index, 0)
+                    continue
+                source = given[name].to(tensor)
+                if source.dim() > 1 and (beyond := tensor.shape[1] - source.shape[1]):
+                    tensor.narrow(1, source.shape[1], beyond).index_fill_(0, index, 0)
+                    tensor = tensor.narrow(1, 0, source.shape[1])
+                tensor.index_copy_(0, index, source)
 
     def move(self, source: int, target: int) -> None:
         """Copies a row to the free row `target`, whose place it takes."""

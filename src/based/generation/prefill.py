@@ -40,9 +40,7 @@ def prefill(
     return model.logits(hidden[:, -1]), state
 
 
-def read_chunk(
-    model: Decoder, generation: Generation, chunk: int, length: int
-) -> Float[Tensor, "1 C"]:
+def read_chunk(model: Decoder, generation: Generation, chunk: int) -> Float[Tensor, "1 C"]:
     """Reads the request's next `chunk` prompt tokens into its `carry`; the last hidden state.
 
     Chunks begin at multiples of `chunk`, so that they do not depend on other requests.
@@ -50,20 +48,22 @@ def read_chunk(
     end = generation.fed + chunk
     tokens = torch.tensor([generation.prompt[generation.fed : end]])
     if generation.carry is None:
-        generation.carry = model.init_state(1, length)
+        generation.carry = model.init_state(1, len(generation.prompt))
     hidden, generation.carry = model.hidden(to_device(tokens, model.device), generation.carry)
     generation.fed = min(end, len(generation.prompt))
     return hidden[:, -1]
 
 
+@torch.no_grad()
 def read_together(
-    model: Decoder, group: list[Generation], length: int
+    model: Decoder, group: list[Generation]
 ) -> tuple[Float[Tensor, "N C"], DecoderState]:
     """Reads whole prompts, packed end to end; their last hidden states, and a row for each."""
     lengths = torch.tensor([0, *(len(generation.prompt) for generation in group)])
     edges = to_device(lengths.cumsum(0), model.device)
     tokens = torch.tensor([[token for generation in group for token in generation.prompt]])
-    state = model.init_state(len(group), length)
+    longest = max(len(generation.prompt) for generation in group)
+    state = model.init_state(len(group), longest)
     hidden, state = model.hidden(to_device(tokens, model.device), state, cu_seqlens=edges)
     assert state is not None
     return hidden[0, edges[1:] - 1], state

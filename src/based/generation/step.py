@@ -10,18 +10,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Int
 from torch import Tensor
 
 from based.errors import BasedError
 from based.generation.request import Generation
+from based.generation.sampling import to_device
 from based.models import Decoder, DecoderState
 from based.ops.token_sampling import Drawn, SamplingRows, sample_tokens
 
 # Largest difference between a step's logits and the parallel form's, relative to the latter.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}
-# Rows of each batch size that are checked.
-CHECKED = 4
+# Rows that are checked at each end of a batch.
+CHECKED = 2
 
 
 class DecodeStep:
@@ -42,29 +43,26 @@ class DecodeStep:
         whole = torch.zeros(slots, dtype=torch.long, device=device)
         real = torch.zeros(slots, device=device)
         self.rows = SamplingRows(real, whole, real.clone(), whole.clone(), whole.clone())
-        self.report = torch.zeros(slots, 2, dtype=torch.float64, device=device)
+        wide = torch.float64 if model.dtype == torch.float64 else torch.float32
+        self.drawn = Drawn(self.tokens, torch.zeros(slots, dtype=wide, device=device))
         self._logits: dict[int, Tensor] = {}
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         if graphs:
             self._capture()
 
-    def run(self, size: int) -> Tensor:
-        """One step of the first `size` rows; returns their report, overwritten by the next step."""
+    def run(self, size: int) -> Drawn:
+        """One step of the first `size` rows; what they drew, until the next step."""
         if size in self._graphs:
             self._graphs[size].replay()
         else:
             self._run(size)
-        return self.report[:size]
+        return Drawn(*(column[:size] for column in self.drawn))
 
     @torch.no_grad()
     def _run(self, size: int) -> None:
-        logits = self._step(self.tokens[:size], self._views[size])
-        rows = self.rows.first(size)
-        drawn = sample_tokens(logits, rows)
-        self.tokens[:size].copy_(drawn.tokens)
-        rows.position.add_(1)
-        self.report[:size].copy_(packed(drawn))
-        self._logits[size] = logits
+        tokens, logprobs = self.drawn
+        self._logits[size] = logits = self._step(tokens[:size], self._views[size])
+        sample_tokens(logits, self.rows.first(size), Drawn(tokens[:size], logprobs[:size]))
 
     def _capture(self) -> None:
         """Captures every size, the largest first, so that all share its memory."""
@@ -83,11 +81,13 @@ class DecodeStep:
             memory = memory or graph.pool()
             self._graphs[size] = graph
 
-    def set_row(self, row: int, token: Tensor, options: SamplingRows) -> None:
-        """Prepares a row for its sequence: the token to feed first, and its options (one row)."""
-        self.tokens[row].copy_(token)
-        for own, given in zip(self.rows, options, strict=True):
-            own[row].copy_(given[0])
+    def set_rows(
+        self, rows: Sequence[int], tokens: Int[Tensor, " N"], options: SamplingRows
+    ) -> None:
+        """Prepares rows for their sequences: the tokens to feed first, and their options."""
+        index = to_device(torch.tensor(list(rows)), self.tokens.device)
+        for own, given in zip((self.tokens, *self.rows), (tokens, *options), strict=True):
+            own.index_copy_(0, index, given)
 
     def move(self, source: int, target: int) -> None:
         """Copies what the step knows of a row to another."""
@@ -98,7 +98,7 @@ class DecodeStep:
     def check(self) -> None:
         """Two tokens at every size against the parallel form; a disagreement is an error.
 
-        Leaves the states of all rows changed.
+        The first and last rows are looked at. Leaves the states of all rows changed.
         """
         for size in self.sizes:
             for layer in self._views[size]:
@@ -109,8 +109,9 @@ class DecodeStep:
             for column in tokens.unbind(1):
                 self.tokens[:size].copy_(column)
                 self.run(size)
-            got = self._logits[size][:CHECKED].double()
-            want = self._model(tokens[:CHECKED])[0][:, -1].double()
+            rows = sorted({*range(size)[:CHECKED], *range(size)[-CHECKED:]})
+            got = self._logits[size][rows].double()
+            want = self._model(tokens[rows])[0][:, -1].double()
             error = ((got - want).norm() / want.norm()).item()
             if not error <= TOLERANCE[self._model.dtype]:
                 raise BasedError(
@@ -123,33 +124,33 @@ class DecodeStep:
 class Report:
     """Tokens and log-probabilities on their way to the host, and whose they are."""
 
-    def __init__(self, values: Float[Tensor, "B 2"], owners: dict[int, Generation]) -> None:
+    def __init__(self, drawn: Drawn, owners: dict[int, Generation]) -> None:
         self._owners, self._arrived = owners, None
-        if values.is_cuda:
-            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-            self._values.copy_(values, non_blocking=True)
+        self._columns = [to_host(column) for column in drawn]
+        if drawn.tokens.is_cuda:
             self._arrived = torch.cuda.Event()
             self._arrived.record()
-        else:
-            self._values = values.clone()
 
     def collect(self) -> list[tuple[Generation, int, float]]:
         """Waits for the copy; each owner with its token and log-probability."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        values = self._values.tolist()
-        return [(owner, int(values[row][0]), values[row][1]) for row, owner in self._owners.items()]
+        tokens, logprobs = (column.tolist() for column in self._columns)
+        return [(owner, tokens[row], logprobs[row]) for row, owner in self._owners.items()]
 
 
-def packed(drawn: Drawn) -> Float[Tensor, "B 2"]:
-    """Tokens and log-probabilities as one tensor, so that one copy brings both."""
-    return torch.stack([drawn.tokens.double(), drawn.logprobs.double()], dim=1)
+def to_host(x: Tensor) -> Tensor:
+    """A copy on the host; of a GPU's tensor it is there only when the stream has come so far."""
+    if not x.is_cuda:
+        return x.clone()
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
 
 
-def batch_sizes(slots: int) -> list[int]:
-    """Sizes worth a graph: powers of two to 8, then steps of about an eighth to a quarter."""
-    sizes, size = [], 1
-    while size < slots:
+def step_sizes(slots: int, wanted: Sequence[int] | None) -> list[int]:
+    """The batch sizes wanted below `slots`, and that; by default those that are worth a graph:
+    powers of two to 8, then steps of about an eighth to a quarter."""
+    sizes, size = list(wanted or ()), 1
+    while wanted is None and size < slots:
         sizes.append(size)
         size += size if size < 8 else max(8, 2 ** (size.bit_length() - 3))
-    return [*sizes, slots]
+    return [*sorted({size for size in sizes if size < slots}), slots]

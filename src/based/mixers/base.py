@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from based.errors import BasedError
 from based.mixers import packing
 from based.mixers.state import State
+from based.ops.elementwise import Residual, add_rms_norm
 
 
 class TensorSpec(NamedTuple):
@@ -64,6 +65,16 @@ class Mixer(nn.Module, ABC):
     @abstractmethod
     def step(self, x: Float[Tensor, "B C"], state: State) -> Float[Tensor, "B C"]:
         """Recurrent form: one token for every row; changes the state in place. No gradients."""
+
+    def step_residual(
+        self, residual: Residual, state: State
+    ) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B C"]]:
+        """The residual's sum, and `step` of its norm.
+
+        Overridden where, at few rows, the norm can join the kernels of the step.
+        """
+        x, normed = add_rms_norm(*residual)
+        return x, self.step(normed, state)
 
     def mix_packed(
         self,

@@ -7,6 +7,8 @@ from torch.nn import functional as F
 
 from based.mixers.base import Mixer, TensorSpec, at_least_one
 from based.mixers.state import State
+from based.ops.elementwise import Residual
+from based.ops.few_rows_linear import fuses, linear, norm_linear_convolution
 from based.ops.gated_short_convolution import (
     gated_short_convolution,
     gated_short_convolution_step,
@@ -68,3 +70,12 @@ class GatedConvolution(Mixer):
         projected = self.in_proj(x)
         weight = self.conv_weight.to(projected.dtype)
         return self.out_proj(gated_short_convolution_step(projected, weight, state["inputs"]))
+
+    def step_residual(
+        self, residual: Residual, state: State
+    ) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B C"]]:
+        if not fuses(residual, self.in_proj, self.out_proj):
+            return super().step_residual(residual, state)
+        projection = self.in_proj.weight, self.in_proj.bias
+        x, y = norm_linear_convolution(residual, *projection, self.conv_weight, state["inputs"])
+        return x, linear(y, self.out_proj)

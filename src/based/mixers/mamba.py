@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from based.mixers.base import Mixer, TensorSpec, at_least_one
 from based.mixers.parts import ShortConvolution, time_step_bias
 from based.mixers.state import State
+from based.ops.kernels import use_kernels
 from based.ops.precision import state_dtype
 from based.ops.selective_scan import selective_scan, selective_scan_step
 
@@ -64,6 +65,13 @@ class Mamba(Mixer):
     def step(self, x: Float[Tensor, "B C"], state: State) -> Float[Tensor, "B C"]:
         u, z = self.in_proj(x).chunk(2, dim=-1)
         u = self.conv.step(u, state["conv"])
+        if use_kernels(u):
+            from based.ops.selective_scan.decode import scan_step_kernel
+
+            dt, B, C = self.x_proj(u).split(self.split, dim=-1)
+            dt, parameters = F.linear(dt, self.dt_weight), (self.dt_bias, self.A_log)
+            y = scan_step_kernel(u, dt, *parameters, B, C, self.D, z, state["h"])
+            return self.out_proj(y)
         return self._output(selective_scan_step(u, *self._selection(u), state["h"]), u, z)
 
     def _selection(self, u: Float[Tensor, "... D"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

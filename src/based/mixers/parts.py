@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from based.errors import BasedError
 from based.mixers.base import TensorSpec, at_least_one
 from based.ops.gated_short_convolution.shifted import next_past, short_convolution
+from based.ops.gated_short_convolution.step import short_convolution_step
 from based.ops.precision import state_dtype
 
 
@@ -40,9 +41,7 @@ class ShortConvolution(nn.Module):
 
     def step(self, x: Float[Tensor, "B C"], past: Float[Tensor, "B P C"]) -> Float[Tensor, "B C"]:
         """One token for every row; changes the state in place."""
-        window = torch.cat([past.to(x.dtype), x[:, None]], dim=1)
-        past.copy_(window[:, 1:])
-        return self._activate((window * self.weight.T.to(x.dtype)).sum(1))
+        return short_convolution_step(x, self.weight, self.bias, past)
 
     def _activate(self, y: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
         return F.silu(y if self.bias is None else y + self.bias.to(y.dtype))

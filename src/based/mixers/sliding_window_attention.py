@@ -6,6 +6,8 @@ from torch import Tensor, nn
 
 from based.mixers.base import Mixer, TensorSpec, at_least_one, probability, split_heads
 from based.mixers.state import State
+from based.ops.elementwise import Residual
+from based.ops.few_rows_linear import fuses, linear, norm_linear
 from based.ops.packed import positions
 from based.ops.rotary import frequencies_on, rotate
 from based.ops.sliding_window_attention import attention_step, sliding_window_attention
@@ -72,11 +74,25 @@ class SlidingWindowAttention(Mixer):
         return self.out_proj(out.flatten(-2)), None
 
     def step(self, x: Float[Tensor, "B C"], state: State) -> Float[Tensor, "B C"]:
-        q, k, v = self._heads(x)
+        out = self._step(self.qkv_proj(x), state)
+        state["length"] += 1
+        return self.out_proj(out)
+
+    def step_residual(
+        self, residual: Residual, state: State
+    ) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B C"]]:
+        if not fuses(residual, self.qkv_proj, self.out_proj):
+            return super().step_residual(residual, state)
+        x, qkv = norm_linear(residual, [self.qkv_proj.weight], self.qkv_proj.bias)
+        out = self._step(qkv, state)
+        return x, linear(out, self.out_proj, counter=state["length"])
+
+    def _step(self, qkv: Tensor, state: State) -> Tensor:
+        """What the heads give, side by side; `length` is not advanced."""
+        q, k, v = self._heads(qkv)
         cache = state["keys"], state["values"], state["length"]
-        frequencies = frequencies_on(x.device, self.head_dim, self.rotary_fraction)
-        out = attention_step(q, k, v, *cache, frequencies)
-        return self.out_proj(out.flatten(-2))
+        frequencies = frequencies_on(qkv.device, self.head_dim, self.rotary_fraction)
+        return attention_step(q, k, v, *cache, frequencies).flatten(-2)
 
     def _attend(
         self,
@@ -111,11 +127,11 @@ class SlidingWindowAttention(Mixer):
         keys = window - window * (window - 1) / (2 * length)
         return round(4 * keys * self.num_heads * self.head_dim)
 
-    def _heads(self, x: Float[Tensor, "... C"]) -> tuple[Tensor, ...]:
-        return self.qkv_proj(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
+    def _heads(self, qkv: Float[Tensor, "... C"]) -> tuple[Tensor, ...]:
+        return qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
 
     def _project(self, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = self._heads(x)
+        q, k, v = self._heads(self.qkv_proj(x))
         frequencies = frequencies_on(x.device, self.head_dim, self.rotary_fraction)
         return rotate(q, position, frequencies), rotate(k, position, frequencies), v
 

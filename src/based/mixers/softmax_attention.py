@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from based.mixers.base import Mixer, TensorSpec, probability, split_heads
 from based.mixers.paging import append, grow, paged
 from based.mixers.state import State
+from based.ops.elementwise import Residual
+from based.ops.few_rows_linear import fuses, linear, norm_linear
 from based.ops.rotary import frequencies_on, rotate
 from based.ops.sliding_window_attention import attention_step
 from based.ops.softmax_attention import softmax_attention
@@ -74,16 +76,30 @@ class SoftmaxAttention(Mixer):
         return self.out_proj(out.flatten(-2)), after
 
     def step(self, x: Float[Tensor, "B C"], state: State) -> Float[Tensor, "B C"]:
+        out = self._step(self.qkv_proj(x), state)
+        state["length"] += 1
+        return self.out_proj(out)
+
+    def step_residual(
+        self, residual: Residual, state: State
+    ) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B C"]]:
+        if not fuses(residual, self.qkv_proj, self.out_proj):
+            return super().step_residual(residual, state)
+        x, qkv = norm_linear(residual, [self.qkv_proj.weight], self.qkv_proj.bias)
+        out = self._step(qkv, state)
+        return x, linear(out, self.out_proj, counter=state["length"])
+
+    def _step(self, qkv: Tensor, state: State) -> Tensor:
+        """What the heads give, side by side; `length` is not advanced."""
         if state.room < 1:
-            longest = int(state["length"].max()) if x.shape[0] else 0
+            longest = int(state["length"].max()) if qkv.shape[0] else 0
             state.update(grow(state, CACHE, longest + 1))
             state.room = state["keys"].shape[1] - longest
         state.room -= 1
-        frequencies = frequencies_on(x.device, self.head_dim, self.rotary_fraction)
-        q, k, v = self._heads(x)
+        q, k, v = self._heads(qkv)
         cache = state["keys"], state["values"], state["length"]
-        out = attention_step(q, k, v, *cache, frequencies)
-        return self.out_proj(out.flatten(-2))
+        frequencies = frequencies_on(qkv.device, self.head_dim, self.rotary_fraction)
+        return attention_step(q, k, v, *cache, frequencies).flatten(-2)
 
     def join_states(self, states: Sequence[State]) -> State:
         capacity = max(state["keys"].shape[1] for state in states)
@@ -107,10 +123,10 @@ class SoftmaxAttention(Mixer):
         return 2 * (length + 1) * self.num_heads * self.head_dim
 
     def _project(self, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = self._heads(x)
+        q, k, v = self._heads(self.qkv_proj(x))
         frequencies = frequencies_on(x.device, self.head_dim, self.rotary_fraction)
         return rotate(q, position, frequencies), rotate(k, position, frequencies), v
 
-    def _heads(self, x: Float[Tensor, "... C"]) -> tuple[Tensor, ...]:
-        heads = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
+    def _heads(self, qkv: Float[Tensor, "... C"]) -> tuple[Tensor, ...]:
+        heads = qkv.unflatten(-1, (-1, self.head_dim))
         return heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=-2)

@@ -6,6 +6,8 @@ from torch import Tensor, nn
 
 from based.mixers.base import Mixer, TensorSpec, at_least_one, split_heads
 from based.mixers.state import State
+from based.ops.elementwise import Residual
+from based.ops.few_rows_linear import fuses, linear, norm_linear
 from based.ops.taylor_linear_attention import (
     fold_recent,
     num_features,
@@ -84,12 +86,27 @@ class TaylorLinearAttention(Mixer):
             state["seen"].zero_()
 
     def step(self, x: Float[Tensor, "B C"], state: State) -> Float[Tensor, "B C"]:
-        q, k, v = self._project(x)
+        out = self._step(self._project(x), state)
         if "seen" in state:
-            out = taylor_linear_attention_deferred_step(q, k, v, **state)
-        else:
-            out = taylor_linear_attention_step(q, k, v, **state)
-        return self.out_proj(out.flatten(-2))
+            state["seen"] += 1
+        return self.out_proj(out)
+
+    def step_residual(
+        self, residual: Residual, state: State
+    ) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B C"]]:
+        layers = self.q_proj, self.k_proj, self.v_proj
+        if not fuses(residual, *layers, self.out_proj):
+            return super().step_residual(residual, state)
+        x, y = norm_linear(residual, [layer.weight for layer in layers])
+        heads = y.split([layer.out_features for layer in layers], dim=-1)
+        out = self._step(self._split(heads), state)
+        return x, linear(out, self.out_proj, counter=state.get("seen"))
+
+    def _step(self, qkv: tuple[Tensor, Tensor, Tensor], state: State) -> Tensor:
+        """What the heads give, side by side; `seen` is not advanced."""
+        deferred = "seen" in state
+        step = taylor_linear_attention_deferred_step if deferred else taylor_linear_attention_step
+        return step(*qkv, **state).flatten(-2)
 
     def segment_state(self, x: Float[Tensor, "B T C"], position: int) -> State:
         _, k, v = self._project(x)
@@ -104,7 +121,8 @@ class TaylorLinearAttention(Mixer):
         return 4 * self.num_heads * num_features(self.feature_dim) * (self.head_dim + 1)
 
     def _project(self, x: Float[Tensor, "... C"]) -> tuple[Tensor, Tensor, Tensor]:
-        heads = (self.num_heads, -1)
-        projections = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
-        q, k, v = (y.unflatten(-1, heads) for y in projections)
+        return self._split((self.q_proj(x), self.k_proj(x), self.v_proj(x)))
+
+    def _split(self, qkv: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = (y.unflatten(-1, (self.num_heads, -1)) for y in qkv)
         return q, k, v

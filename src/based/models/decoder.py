@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from based.mixers import Mixer, State, build_mixer
 from based.mixers.packing import Packing
 from based.models.config import DecoderConfig
-from based.ops.elementwise import add_rms_norm, swiglu
+from based.ops.elementwise import Residual, add_rms_norm, swiglu
+from based.ops.few_rows_linear import fuses, linear, norm_linear, norm_linear_swiglu
 from based.ops.linear_cross_entropy import linear_cross_entropy
 from based.ops.rotary import frequencies_on
 
@@ -53,11 +54,9 @@ class RMSNorm(nn.Module):
         weight = self.weight.to(x.dtype)
         return F.rms_norm(x, weight.shape, weight, self.eps).to(self.weight.dtype)
 
-    def add(
-        self, x: Float[Tensor, "B C"], branch: Float[Tensor, "B C"] | None
-    ) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B C"]]:
-        """x + branch, and that normalised; in a decode step, one kernel. No gradients."""
-        return add_rms_norm(x, branch, self.weight, self.eps)
+    def of(self, x: Float[Tensor, "B C"], branch: Float[Tensor, "B C"] | None) -> Residual:
+        """This norm of x + branch, to be computed by the kernel that needs it."""
+        return Residual(x, branch, self.weight, self.eps)
 
 
 class SwiGLU(nn.Module):
@@ -73,9 +72,13 @@ class SwiGLU(nn.Module):
         value, gate = self.fc1(x).chunk(2, dim=-1)
         return self.fc2(value * F.silu(gate))
 
-    def step(self, x: Float[Tensor, "B C"]) -> Float[Tensor, "B C"]:
-        """The same of one token a row, in fewer kernels. No gradients."""
-        return self.fc2(swiglu(self.fc1(x)))
+    def step(self, residual: Residual) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B C"]]:
+        """One token a row: the residual's sum, and this of its norm. No gradients."""
+        if fuses(residual, self.fc1, self.fc2):
+            x, hidden = norm_linear_swiglu(residual, self.fc1.weight)
+            return x, linear(hidden, self.fc2)
+        x, normed = add_rms_norm(*residual)
+        return x, self.fc2(swiglu(self.fc1(normed)))
 
 
 class Block(nn.Module):
@@ -108,12 +111,8 @@ class Block(nn.Module):
 
         The residual stream comes and goes as a sum, x + branch, that the next norm adds up.
         """
-        x, normed = self.mixer_norm.add(x, branch)
-        mixed = self.mixer.step(normed, state)
-        if not self.has_mlp:
-            return x, mixed
-        x, normed = self.mlp_norm.add(x, mixed)
-        return x, self.mlp.step(normed)
+        x, mixed = self.mixer.step_residual(self.mixer_norm.of(x, branch), state)
+        return self.mlp.step(self.mlp_norm.of(x, mixed)) if self.has_mlp else (x, mixed)
 
     def _mlp(self, x: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
         return x + self.mlp(self.mlp_norm(x)) if self.has_mlp else x
@@ -248,16 +247,22 @@ class Decoder(nn.Module):
     @torch.no_grad()
     def step(self, tokens: Int[Tensor, " B"], state: DecoderState) -> Float[Tensor, "B V"]:
         """Feeds one token to every row, changes the state in place, returns the next logits."""
-        return self.logits(self.step_hidden(tokens, state))
+        residual = self._step_blocks(tokens, state)
+        if residual.x.shape[0] and fuses(residual):
+            return norm_linear(residual, [self.embedding.weight])[1]
+        return self.logits(add_rms_norm(*residual)[1])
 
     @torch.no_grad()
     def step_hidden(self, tokens: Int[Tensor, " B"], state: DecoderState) -> Float[Tensor, "B C"]:
         """As `step`, but returns the final hidden states, ready for `logits`."""
+        return add_rms_norm(*self._step_blocks(tokens, state))[1]
+
+    def _step_blocks(self, tokens: Tensor, state: DecoderState) -> Residual:
         x, branch = self._embed(tokens), None
         for block, layer_state in zip(self.blocks, state, strict=True):
             assert isinstance(block, Block)
             x, branch = block.step(x, branch, layer_state)
-        return self.norm.add(x, branch)[1]
+        return self.norm.of(x, branch)
 
     def init_state(self, batch_size: int, length: int = 0, recent: int = 0) -> DecoderState:
         """The state before the first token; see `Mixer.init_state`."""

@@ -8,6 +8,9 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
+from based.ops.kernels import overlap
+from based.ops.overlap import wait_for_previous
+
 BLOCK = 1024
 NORM, SWIGLU = {"num_warps": 8}, {"BLOCK_C": BLOCK, "num_warps": 4}
 
@@ -24,10 +27,12 @@ def _add_rms_norm_kernel(
     eps,
     ADD: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     start = tl.program_id(0).to(tl.int64) * channels
     channel = tl.arange(0, BLOCK_C)
     real = channel < channels
+    wait_for_previous(OVERLAP)
     x = tl.load(x_ptr + start + channel, mask=real, other=0.0)
     if ADD:
         x += tl.load(branch_ptr + start + channel, mask=real, other=0.0).to(tl.float32)
@@ -57,6 +62,7 @@ def add_rms_norm_kernel(
         eps,
         ADD=branch is not None,
         BLOCK_C=triton.next_power_of_2(channels),
+        **overlap(x),
         **NORM,
     )
     return total, normed
@@ -64,11 +70,12 @@ def add_rms_norm_kernel(
 
 @triton.jit
 @no_type_check
-def _swiglu_kernel(x_ptr, out_ptr, channels, BLOCK_C: tl.constexpr):
+def _swiglu_kernel(x_ptr, out_ptr, channels, BLOCK_C: tl.constexpr, OVERLAP: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     real = channel < channels
     x = x_ptr + row * 2 * channels + channel
+    wait_for_previous(OVERLAP)
     value = tl.load(x, mask=real, other=0.0).to(tl.float32)
     gate = tl.load(x + channels, mask=real, other=0.0).to(tl.float32)
     tl.store(out_ptr + row * channels + channel, value * gate * tl.sigmoid(gate), mask=real)
@@ -78,5 +85,6 @@ def swiglu_kernel(x: Float[Tensor, "B CC"]) -> Float[Tensor, "B C"]:
     """As `swiglu`; x contiguous."""
     rows, channels = x.shape[0], x.shape[1] // 2
     out = torch.empty((rows, channels), dtype=x.dtype, device=x.device)
-    _swiglu_kernel[(rows, triton.cdiv(channels, BLOCK))](x, out, channels, **SWIGLU)
+    grid = (rows, triton.cdiv(channels, BLOCK))
+    _swiglu_kernel[grid](x, out, channels, **overlap(x), **SWIGLU)
     return out

@@ -1,15 +1,30 @@
-"""When the Triton kernels are used."""
+"""When the Triton kernels are used, and how they follow each other."""
 
 from importlib.util import find_spec
 
+import torch
 from torch import Tensor
 
 # torch's CUDA builds bring Triton.
 INSTALLED = find_spec("triton") is not None
 # Set by the kernels' tests: Triton's interpreter runs them on the CPU, very slowly.
 INTERPRETING = False
+# Whether a decode kernel may start while the one before it ends, where a GPU can.
+OVERLAP = True
 
 
 def use_kernels(x: Tensor) -> bool:
     """Whether an operator on `x` runs as a Triton kernel: on a GPU, in up to float32."""
     return INSTALLED and (x.is_cuda or INTERPRETING) and x.element_size() <= 4
+
+
+def overlap(x: Tensor) -> dict[str, bool]:
+    """Launch options of a kernel that calls `overlap.wait_for_previous` before its first access.
+
+    With programmatic dependent launch (compute capability 9 and up) a kernel's start
+    hides behind the end of the one before it.
+    """
+    able = OVERLAP and x.is_cuda and not torch.compiler.is_compiling()
+    if able and torch.cuda.get_device_capability(x.device)[0] >= 9:
+        return {"OVERLAP": True, "launch_pdl": True}
+    return {"OVERLAP": False}

@@ -1,4 +1,4 @@
-"""One token of the gated short convolution: taps, SiLU, gate and the shift of the state."""
+"""One token of a short convolution: taps, bias, SiLU, gate and the shift of the state."""
 
 from typing import no_type_check
 
@@ -7,6 +7,9 @@ import triton
 import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
+
+from based.ops.kernels import overlap
+from based.ops.overlap import wait_for_previous
 
 BLOCK = 1024
 LAUNCH = {"BLOCK_C": BLOCK, "num_warps": 4}
@@ -18,20 +21,24 @@ def _convolution_step_kernel(
     x_ptr,
     gate_ptr,
     weight_ptr,
+    bias_ptr,
     past_ptr,
     out_ptr,
     x_stride,
     gate_stride,
     channels,
     WIDTH: tl.constexpr,
+    GATED: tl.constexpr,
+    BIAS: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     real = channel < channels
     past = past_ptr + row * (WIDTH - 1) * channels + channel
+    wait_for_previous(OVERLAP)
     x = tl.load(x_ptr + row * x_stride + channel, mask=real, other=0.0)
-    gate = tl.load(gate_ptr + row * gate_stride + channel, mask=real, other=0.0).to(tl.float32)
     weight = weight_ptr + channel * WIDTH
     tap = tl.load(weight + WIDTH - 1, mask=real, other=0.0).to(tl.float32)
     y = x.to(tl.float32) * tap
@@ -44,17 +51,23 @@ def _convolution_step_kernel(
             tl.store(past + (back - 1) * channels, older, mask=real)
     if WIDTH > 1:
         tl.store(past + (WIDTH - 2) * channels, x, mask=real)
-    y = y * tl.sigmoid(y) * gate
+    if BIAS:
+        y += tl.load(bias_ptr + channel, mask=real, other=0.0).to(tl.float32)
+    y *= tl.sigmoid(y)
+    if GATED:
+        gate = tl.load(gate_ptr + row * gate_stride + channel, mask=real, other=0.0)
+        y *= gate.to(tl.float32)
     tl.store(out_ptr + row * channels + channel, y, mask=real)
 
 
 def convolution_step_kernel(
     x: Float[Tensor, "B C"],
-    gate: Float[Tensor, "B C"],
+    gate: Float[Tensor, "B C"] | None,
     weight: Float[Tensor, "C W"],
     past: Float[Tensor, "B W-1 C"],
+    bias: Float[Tensor, " C"] | None = None,
 ) -> Float[Tensor, "B C"]:
-    """y = silu(conv(x)) * gate; `past` moves on by one token, in place.
+    """y = silu(conv(x) + bias) * gate; `past` moves on by one token, in place.
 
     x and gate may be slices of a projection; weight and past are contiguous.
     """
@@ -62,14 +75,18 @@ def convolution_step_kernel(
     out = torch.empty((rows, channels), dtype=x.dtype, device=x.device)
     _convolution_step_kernel[(rows, triton.cdiv(channels, BLOCK))](
         x,
-        gate,
+        x if gate is None else gate,
         weight,
+        weight if bias is None else bias,
         past,
         out,
         x.stride(0),
-        gate.stride(0),
+        x.stride(0) if gate is None else gate.stride(0),
         channels,
         WIDTH=weight.shape[1],
+        GATED=gate is not None,
+        BIAS=bias is not None,
+        **overlap(x),
         **LAUNCH,
     )
     return out

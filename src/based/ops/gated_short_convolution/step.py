@@ -1,10 +1,29 @@
 """One token: the recurrent form."""
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional as F
 
 from based.ops.gated_short_convolution.operator import gated_short_convolution
 from based.ops.kernels import use_kernels
+
+
+def short_convolution_step(
+    x: Float[Tensor, "B C"],
+    weight: Float[Tensor, "C W"],
+    bias: Float[Tensor, " C"] | None,
+    past: Float[Tensor, "B W-1 C"],
+) -> Float[Tensor, "B C"]:
+    """y = silu(conv(x) + bias) for one token; `past` moves on by it, in place."""
+    if use_kernels(x):
+        from based.ops.gated_short_convolution.decode import convolution_step_kernel
+
+        return convolution_step_kernel(x, None, weight, past, bias)
+    window = torch.cat([past.to(x.dtype), x[:, None]], dim=1)
+    past.copy_(window[:, 1:])
+    y = (window * weight.T.to(x.dtype)).sum(1)
+    return F.silu(y if bias is None else y + bias.to(y.dtype))
 
 
 def gated_short_convolution_step(

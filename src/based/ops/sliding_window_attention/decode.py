@@ -14,12 +14,16 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-TILE = {"BLOCK_S": 32, "num_warps": 4}
+from based.ops.kernels import overlap
+from based.ops.overlap import wait_for_previous
+
+TILE = {"BLOCK_S": 32, "STAGES": 3, "num_warps": 4}
 JOIN = {"num_warps": 4}
 # Below any score, and finite, so that what has seen no slot weighs nothing.
 LOWEST = tl.constexpr(-1e30)
-# Programs wanted at least, and slots that a program should not go below.
-PROGRAMS, SMALLEST = 512, 256
+# Programs wanted, so that the last ones of a device's waves cost little, and slots that a
+# program should not go below.
+PROGRAMS, SMALLEST = 4096, 256
 
 
 @triton.jit
@@ -71,10 +75,13 @@ def _attention_step_kernel(
     SPLITS: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     row, head, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     lane = tl.arange(0, BLOCK_D)
     inside = lane < D
+    wait_for_previous(OVERLAP)
     position = tl.load(seen_ptr + row)
     place = (position % slots).to(tl.int32)
     filled = tl.minimum(position + 1, slots).to(tl.int32)
@@ -91,7 +98,8 @@ def _attention_step_kernel(
     tile = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
     share = tl.cdiv(filled, SPLITS)
     begin, end = part * share, tl.minimum(part * share + share, filled)
-    for first in range(begin, end, BLOCK_S):
+    # Several tiles are on their way at a time.
+    for first in tl.range(begin, end, BLOCK_S, num_stages=STAGES):
         slot = first + tl.arange(0, BLOCK_S)
         # The new token's slot is being written, perhaps by another program of the group.
         real = (slot < end) & (slot != place)
@@ -125,10 +133,18 @@ def _attention_step_kernel(
 
 @triton.jit
 @no_type_check
-def _join_kernel(parts_ptr, out_ptr, D: tl.constexpr, SPLITS: tl.constexpr, BLOCK_D: tl.constexpr):
+def _join_kernel(
+    parts_ptr,
+    out_ptr,
+    D: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
     pair = tl.program_id(0).to(tl.int64)
     lane, part = tl.arange(0, BLOCK_D), tl.arange(0, SPLITS)
     parts = parts_ptr + (pair * SPLITS + part) * (BLOCK_D + 2)
+    wait_for_previous(OVERLAP)
     peak = tl.load(parts + BLOCK_D)
     weight = tl.exp(peak - tl.max(peak))
     total = tl.sum(weight * tl.load(parts + BLOCK_D + 1))
@@ -177,10 +193,12 @@ def attention_step_kernel(
         R=R,
         SPLITS=splits,
         BLOCK_D=block_d,
+        **overlap(q),
         **TILE,
     )
     if splits > 1:
-        _join_kernel[(B * H,)](parts, out, D=D, SPLITS=splits, BLOCK_D=block_d, **JOIN)
+        sizes = {"D": D, "SPLITS": splits, "BLOCK_D": block_d}
+        _join_kernel[(B * H,)](parts, out, **sizes, **overlap(q), **JOIN)
     return out
 
 

@@ -20,16 +20,13 @@ def attention_step(
     """Softmax attention of each row's token number `seen` over the S last keys, its own included.
 
     q and k are not rotated yet. The cache holds token t in slot t mod S; the new
-    token is written there, and `seen` advances, both in place. H is a multiple of G.
+    token is written there in place; `seen` is the caller's to advance. H is a multiple of G.
     """
     if use_kernels(q):
         from based.ops.sliding_window_attention.decode import attention_step_kernel
 
-        out = attention_step_kernel(q, k, v, keys, values, seen, frequencies)
-    else:
-        out = _attend(q, k, v, keys, values, seen, frequencies)
-    seen += 1
-    return out
+        return attention_step_kernel(q, k, v, keys, values, seen, frequencies)
+    return _attend(q, k, v, keys, values, seen, frequencies)
 
 
 def _attend(

@@ -16,8 +16,12 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from based.ops.kernels import overlap
+from based.ops.overlap import wait_for_previous
+
 # Rows of the state in registers at a time, and warps, where there are few and many programs.
-FEW, MANY = {"BLOCK_F": 32, "num_warps": 8}, {"BLOCK_F": 16, "num_warps": 4}
+FEW = {"BLOCK_F": 32, "STAGES": 3, "num_warps": 8}
+MANY = {"BLOCK_F": 16, "STAGES": 4, "num_warps": 4}
 PROGRAMS = 512
 
 
@@ -44,6 +48,56 @@ def _weight(feature, K: tl.constexpr, SCALE: tl.constexpr):
 
 @triton.jit
 @no_type_check
+def _stream(
+    q,
+    keys,
+    values,
+    numerator,
+    denominator,
+    column,
+    token,
+    SCALE: tl.constexpr,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    F: tl.constexpr,
+    COUNT: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Adds COUNT keys and values to the state, and reads the query's output and its divisor."""
+    inside = column < V
+    # Summed over the rows of the tile once, at the end.
+    above = tl.zeros((BLOCK_F, column.shape[0]), tl.float32)
+    below = tl.zeros((BLOCK_F,), tl.float32)
+    # Several tiles are on their way at a time.
+    for first in tl.range(0, F, BLOCK_F, num_stages=STAGES):
+        feature = first + tl.arange(0, BLOCK_F)
+        real = feature < F
+        cell = feature[:, None] * V + column[None, :]
+        present = real[:, None] & inside[None, :]
+        S = tl.load(numerator + cell, mask=present, other=0.0).to(tl.float32)
+        z = tl.load(denominator + feature, mask=real, other=0.0).to(tl.float32)
+        safe = tl.where(real, feature, 0)
+        if COUNT > 0:
+            held = tl.where(token < COUNT, token, 0)
+            phi_k = _feature(keys + held[None, :] * H * K, safe[:, None], K)
+            phi_k = tl.where((token < COUNT)[None, :], phi_k, 0.0)
+            if COUNT == 1:
+                S += phi_k * values
+            else:
+                S += tl.dot(phi_k, values, input_precision="ieee")
+            z += tl.sum(phi_k, axis=1)
+            tl.store(numerator + cell, S, mask=present)
+            tl.store(denominator + feature, z, mask=real)
+        phi_q = tl.where(real, _feature(q, safe, K) * _weight(safe, K, SCALE), 0.0)
+        above += phi_q[:, None] * S
+        below += phi_q * z
+    return tl.sum(above, axis=0), tl.sum(below)
+
+
+@triton.jit
+@no_type_check
 def _taylor_step_kernel(
     q_ptr,
     k_ptr,
@@ -66,69 +120,54 @@ def _taylor_step_kernel(
     BLOCK_F: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     q = q_ptr + row * q_stride + head * K
     k = k_ptr + row * k_stride + head * K
-    column, lane = tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_K)
-    inside = column < V
-    v = tl.load(v_ptr + row * v_stride + head * V + column, mask=inside, other=0.0)
-    above, below = tl.zeros((BLOCK_V,), tl.float32), tl.zeros((), tl.float32)
-    ring_k = ring_k_ptr + (row * RING * H + head) * K
-    ring_v = ring_v_ptr + (row * RING * H + head) * V
-    fold = RING == 0
-    if RING > 0:
-        place = tl.load(seen_ptr + row) % RING
-        fold = place == RING - 1
+    v = v_ptr + row * v_stride + head * V
+    column, lane, token = tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_R)
+    S = numerator_ptr + (row * H + head) * F * V
+    z = denominator_ptr + (row * H + head) * F
+    wait_for_previous(OVERLAP)
+    value = tl.load(v + column, mask=column < V, other=0.0)
+    if RING == 0:
+        values = value.to(tl.float32)[None, :]
+        above, below = _stream(
+            q, k, values, S, z, column, token, SCALE, H, K, V, F, 1, BLOCK_F, STAGES
+        )
+    else:
+        place = (tl.load(seen_ptr + row) % RING).to(tl.int32)
+        keys = ring_k_ptr + (row * RING * H + head) * K
         key = tl.load(k + lane, mask=lane < K, other=0.0)
-        tl.store(ring_k + place * H * K + lane, key, mask=lane < K)
-        tl.store(ring_v + place * H * V + column, v, mask=inside)
+        tl.store(keys + place * H * K + lane, key, mask=lane < K)
+        cell = (row * RING * H + head) * V + token[:, None] * H * V + column[None, :]
+        older = (token < place)[:, None] & (column < V)[None, :]
+        values = tl.load(ring_v_ptr + cell, mask=older, other=0.0)
+        newest = (token == place)[:, None]
+        values = tl.where(newest, value[None, :], values)
+        tl.store(ring_v_ptr + cell, values, mask=newest & (column < V)[None, :])
+        values = values.to(tl.float32)
         # Threads of this program read what others of it have just written.
         tl.debug_barrier()
-        query = tl.load(q + lane, mask=lane < K, other=0.0).to(tl.float32)
-        for slot in range(place + 1):
-            past = tl.load(ring_k + slot * H * K + lane, mask=lane < K, other=0.0)
-            s = tl.sum(query * past.to(tl.float32)) * SCALE
-            a = 1.0 + s + 0.5 * s * s
-            value = tl.load(ring_v + slot * H * V + column, mask=inside, other=0.0)
-            above += a * value.to(tl.float32)
-            below += a
-    numerator = numerator_ptr + (row * H + head) * F * V
-    denominator = denominator_ptr + (row * H + head) * F
-    # Summed over the rows of the tile once, at the end.
-    tile_above = tl.zeros((BLOCK_F, BLOCK_V), tl.float32)
-    tile_below = tl.zeros((BLOCK_F,), tl.float32)
-    for first in range(0, F, BLOCK_F):
-        feature = first + tl.arange(0, BLOCK_F)
-        real = feature < F
-        cell = feature[:, None] * V + column[None, :]
-        present = real[:, None] & inside[None, :]
-        S = tl.load(numerator + cell, mask=present, other=0.0).to(tl.float32)
-        z = tl.load(denominator + feature, mask=real, other=0.0).to(tl.float32)
-        safe = tl.where(real, feature, 0)
-        phi_q = tl.where(real, _feature(q, safe, K) * _weight(safe, K, SCALE), 0.0)
-        if RING > 0:
-            tile_above += phi_q[:, None] * S
-            tile_below += phi_q * z
-        if fold:
-            if RING > 0:
-                for age in range(RING):
-                    phi_k = _feature(ring_k + age * H * K, safe, K)
-                    folded = tl.load(ring_v + age * H * V + column, mask=inside, other=0.0)
-                    S += phi_k[:, None] * folded.to(tl.float32)[None, :]
-                    z += phi_k
-            else:
-                phi_k = _feature(k, safe, K)
-                S += phi_k[:, None] * v.to(tl.float32)[None, :]
-                z += phi_k
-            tl.store(numerator + cell, S, mask=present)
-            tl.store(denominator + feature, z, mask=real)
-        if RING == 0:
-            tile_above += phi_q[:, None] * S
-            tile_below += phi_q * z
-    above += tl.sum(tile_above, axis=0)
-    below += tl.sum(tile_below)
-    tl.store(out_ptr + (row * H + head) * V + column, above / below, mask=inside)
+        if place == RING - 1:
+            above, below = _stream(
+                q, keys, values, S, z, column, token, SCALE, H, K, V, F, RING, BLOCK_F, STAGES
+            )
+        else:
+            seen = (token <= place)[:, None] & (lane < K)[None, :]
+            past = tl.load(keys + token[:, None] * H * K + lane[None, :], mask=seen, other=0.0)
+            query = tl.load(q + lane, mask=lane < K, other=0.0).to(tl.float32)
+            s = tl.sum(query[None, :] * past.to(tl.float32), axis=1) * SCALE
+            a = tl.where(token <= place, 1.0 + s + 0.5 * s * s, 0.0)
+            above, below = _stream(
+                q, keys, values, S, z, column, token, SCALE, H, K, V, F, 0, BLOCK_F, STAGES
+            )
+            above += tl.sum(a[:, None] * values, axis=0)
+            below += tl.sum(a)
+    tl.store(out_ptr + (row * H + head) * V + column, above / below, mask=column < V)
 
 
 def taylor_step_kernel(
@@ -148,6 +187,7 @@ def taylor_step_kernel(
     """
     (B, H, K), V, F = q.shape, v.shape[2], numerator.shape[2]
     out = torch.empty((B, H, V), dtype=v.dtype, device=v.device)
+    ring = 0 if recent_keys is None else recent_keys.shape[1]
     _taylor_step_kernel[(B, H)](
         q,
         k,
@@ -167,9 +207,12 @@ def taylor_step_kernel(
         K=K,
         V=V,
         F=F,
-        RING=0 if recent_keys is None else recent_keys.shape[1],
+        RING=ring,
         BLOCK_K=triton.next_power_of_2(K),
         BLOCK_V=triton.next_power_of_2(V),
+        # A matrix product has at least 16 of everything.
+        BLOCK_R=max(16, triton.next_power_of_2(ring)) if ring else 1,
+        **overlap(q),
         **(MANY if B * H >= PROGRAMS else FEW),
     )
     return out

@@ -51,13 +51,14 @@ def taylor_linear_attention_deferred_step(
     recent_values: Float[Tensor, "B R H V"],
     seen: Int[Tensor, " B"],
 ) -> Float[Tensor, "B H V"]:
-    """The same output; token `seen` of a row goes to ring slot seen mod R, all in place."""
+    """The same output; token `seen` of a row goes to ring slot seen mod R, all in place.
+
+    `seen` itself is not advanced: that is the caller's.
+    """
     if use_kernels(q):
         from based.ops.taylor_linear_attention.decode import taylor_step_kernel
 
-        out = taylor_step_kernel(q, k, v, numerator, denominator, recent_keys, recent_values, seen)
-        seen += 1
-        return out
+        return taylor_step_kernel(q, k, v, numerator, denominator, recent_keys, recent_values, seen)
     dtype, R = state_dtype(numerator.dtype), recent_keys.shape[1]
     row, place = torch.arange(q.shape[0], device=q.device), seen % R
     recent_keys[row, place], recent_values[row, place] = k, v
@@ -68,7 +69,6 @@ def taylor_linear_attention_deferred_step(
     above = torch.einsum("bhr,brhv->bhv", a, recent_values.to(dtype))
     above += torch.einsum("bhf,bhfv->bhv", phi_q, numerator.to(dtype))
     below = a.sum(-1) + torch.einsum("bhf,bhf->bh", phi_q, denominator)
-    seen += 1
     full = place == R - 1
     if full.any():
         held = torch.where(full, R, 0)

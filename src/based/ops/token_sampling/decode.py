@@ -2,18 +2,24 @@
 
 Thresholds of top-k and top-p are found by an eight-way search over the order of
 float32 keys, so ties are cut exactly as the sorted reference cuts them. Rows that
-do not use an option skip its passes: greedy rows make one pass.
+do not use an option skip its passes: greedy rows make one pass. Each lane keeps
+sums of its own, joined at a pass's end.
 """
 
 from typing import no_type_check
 
-import torch
 import triton
 import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from based.ops.kernels import overlap
+from based.ops.overlap import wait_for_previous
+
 BLOCK = 4096
+# Loads of later blocks are on their way while one is worked on.
+STAGES = tl.constexpr(3)
+LOWEST = tl.constexpr(-3.4028234663852886e38)
 LAUNCH = {"num_warps": 8}
 
 
@@ -43,18 +49,21 @@ def _value(key):
 @no_type_check
 def _search(logits, vocab, temperature, top, goal, MASS: tl.constexpr, BLOCK: tl.constexpr):
     """The largest key t such that tokens with keys >= t number, or weigh, at least `goal`."""
+    # Eight sums a lane: blocks are smaller here.
+    BLOCK_S: tl.constexpr = BLOCK // 4
     low = tl.full((), -(2**31), tl.int64)
     step = tl.arange(0, 8)
     for number in range(11):
         shift = tl.maximum(29 - 3 * number, 0)
         edges = low + (step.to(tl.int64) << shift)
-        reached = tl.zeros((8,), tl.float32)
-        for first in range(0, vocab, BLOCK):
-            ids = first + tl.arange(0, BLOCK)
+        lanes = tl.zeros((BLOCK_S, 8), tl.float32)
+        for first in tl.range(0, vocab, BLOCK_S, num_stages=STAGES):
+            ids = first + tl.arange(0, BLOCK_S)
             x = _scaled(logits, ids, vocab, temperature)
             weight = tl.where(ids < vocab, tl.exp(x - top) if MASS else 1.0, 0.0)
             above = _keys(x).to(tl.int64)[:, None] >= edges[None, :]
-            reached += tl.sum(tl.where(above, weight[:, None], 0.0), axis=0)
+            lanes += tl.where(above, weight[:, None], 0.0)
+        reached = tl.sum(lanes, axis=0)
         passed = tl.sum(((reached >= goal) & (step > 0)).to(tl.int64))
         low += passed << shift
     return low.to(tl.int32)
@@ -64,14 +73,14 @@ def _search(logits, vocab, temperature, top, goal, MASS: tl.constexpr, BLOCK: tl
 @no_type_check
 def _above(logits, vocab, temperature, top, key, BLOCK: tl.constexpr):
     """Number and weight of tokens with keys above `key`."""
-    count, mass = tl.zeros((), tl.int32), tl.zeros((), tl.float32)
-    for first in range(0, vocab, BLOCK):
+    count, mass = tl.zeros((BLOCK,), tl.int32), tl.zeros((BLOCK,), tl.float32)
+    for first in tl.range(0, vocab, BLOCK, num_stages=STAGES):
         ids = first + tl.arange(0, BLOCK)
         x = _scaled(logits, ids, vocab, temperature)
         above = (_keys(x) > key) & (ids < vocab)
-        count += tl.sum(above.to(tl.int32))
-        mass += tl.sum(tl.where(above, tl.exp(x - top), 0.0))
-    return count, mass
+        count += above.to(tl.int32)
+        mass += tl.where(above, tl.exp(x - top), 0.0)
+    return tl.sum(count), tl.sum(mass)
 
 
 @triton.jit
@@ -85,25 +94,30 @@ def _sample_kernel(
     position_ptr,
     tokens_ptr,
     logprobs_ptr,
-    vocab,
-    stride,
+    vocab: tl.constexpr,
+    stride: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     row = tl.program_id(0)
     logits = logits_ptr + row.to(tl.int64) * stride
-    peak, total = tl.full((), float("-inf"), tl.float32), tl.zeros((), tl.float32)
-    token, bad = tl.zeros((), tl.int32), tl.zeros((), tl.int32)
-    for first in range(0, vocab, BLOCK):
+    peaks, totals = tl.full((BLOCK,), LOWEST, tl.float32), tl.zeros((BLOCK,), tl.float32)
+    best, strangers = tl.zeros((BLOCK,), tl.int32), tl.zeros((BLOCK,), tl.int32)
+    wait_for_previous(OVERLAP)
+    for first in tl.range(0, vocab, BLOCK, num_stages=STAGES):
         ids = first + tl.arange(0, BLOCK)
         x = tl.load(logits + ids, mask=ids < vocab, other=float("-inf")).to(tl.float32)
         strange = ((x != x) | (tl.abs(x) == float("inf"))) & (ids < vocab)
-        bad += tl.sum(strange.to(tl.int32))
+        strangers += strange.to(tl.int32)
         x = tl.where(strange, 0.0, x)
-        highest = tl.max(x)
-        token = tl.where(highest > peak, tl.min(tl.where(x == highest, ids, vocab)), token)
-        higher = tl.maximum(peak, highest)
-        total = total * tl.exp(peak - higher) + tl.sum(tl.exp(x - higher))
-        peak = higher
+        best = tl.where(x > peaks, ids, best)
+        higher = tl.maximum(peaks, x)
+        totals = totals * tl.exp(peaks - higher) + tl.exp(x - higher)
+        peaks = higher
+    peak, bad = tl.max(peaks), tl.sum(strangers)
+    total = tl.sum(totals * tl.exp(peaks - peak))
+    token = tl.min(tl.where(peaks == peak, best, vocab))
+    position = tl.load(position_ptr + row)
     temperature = tl.load(temperature_ptr + row)
     if (temperature > 0) & (bad == 0):
         top = tl.div_rn(peak, temperature)
@@ -128,7 +142,7 @@ def _sample_kernel(
             ties = tl.minimum(ties, tl.minimum(room, 2.0**30).to(tl.int32))
             ties = tl.maximum(ties, (count == 0).to(tl.int32))
             mass += ties * tie_weight
-        word = tl.randint(tl.load(seed_ptr + row), tl.load(position_ptr + row))
+        word = tl.randint(tl.load(seed_ptr + row), position)
         uniform = (word.to(tl.uint32, bitcast=True) >> 8).to(tl.float32) * 2.0**-24
         target, reached = uniform * mass, tl.zeros((), tl.float32)
         tied, hit, last = tl.zeros((), tl.int32), tl.full((), vocab, tl.int32), token
@@ -149,6 +163,7 @@ def _sample_kernel(
         token = tl.where(hit < vocab, hit, last)
     token = tl.where(bad > 0, 0, token)
     logprob = tl.load(logits + token).to(tl.float32) - peak - tl.log(total)
+    tl.store(position_ptr + row, position + 1)
     tl.store(tokens_ptr + row, token.to(tl.int64))
     tl.store(logprobs_ptr + row, tl.where(bad > 0, float("nan"), logprob))
 
@@ -160,12 +175,15 @@ def sample_tokens_kernel(
     top_p: Float[Tensor, " B"],
     seed: Int[Tensor, " B"],
     position: Int[Tensor, " B"],
+    tokens: Int[Tensor, " B"],
+    logprobs: Float[Tensor, " B"],
     block: int = BLOCK,
-) -> tuple[Int[Tensor, " B"], Float[Tensor, " B"]]:
-    """As `sample_tokens_reference`, in float32. `logits` has contiguous rows."""
+) -> None:
+    """As `sample_tokens_reference`, in float32, into `tokens` and `logprobs`.
+
+    Advances `position`. `logits` has contiguous rows.
+    """
     rows, vocab = logits.shape
-    tokens = torch.empty(rows, dtype=torch.long, device=logits.device)
-    logprobs = torch.empty(rows, dtype=torch.float32, device=logits.device)
     _sample_kernel[(rows,)](
         logits,
         temperature,
@@ -175,9 +193,10 @@ def sample_tokens_kernel(
         position,
         tokens,
         logprobs,
-        vocab,
-        logits.stride(0),
+        # Constants, so that rows are known to be aligned.
+        vocab=vocab,
+        stride=logits.stride(0),
         BLOCK=block,
+        **overlap(logits),
         **LAUNCH,
     )
-    return tokens, logprobs

@@ -2,10 +2,12 @@
 
 from typing import NamedTuple
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from based.ops.kernels import use_kernels
+from based.ops.precision import state_dtype
 from based.ops.token_sampling.reference import sample_tokens_reference
 
 
@@ -13,8 +15,8 @@ class SamplingRows(NamedTuple):
     """How each row is sampled; all tensors on the logits' device.
 
     `top_k` is the vocabulary's size, or more, where it does not cut. `position`
-    counts the draws of the row's request: with its seed it determines the draw,
-    whatever stands in other rows.
+    counts the draws of the row's request, and goes up by one with each: with its seed
+    it determines the draw, whatever stands in other rows.
     """
 
     temperature: Float[Tensor, " B"]
@@ -35,10 +37,22 @@ class Drawn(NamedTuple):
     logprobs: Float[Tensor, " B"]
 
 
-def sample_tokens(logits: Float[Tensor, "B V"], rows: SamplingRows) -> Drawn:
-    """Draws the next token of every row, as `reference.py` defines it; never waits for a GPU."""
+def sample_tokens(
+    logits: Float[Tensor, "B V"], rows: SamplingRows, into: Drawn | None = None
+) -> Drawn:
+    """Draws the next token of every row, as `reference.py` defines it, and counts the draw.
+
+    Written over `into` if that is given. Never waits for a GPU.
+    """
+    if into is None:
+        tokens = torch.empty_like(rows.position)
+        into = Drawn(tokens, torch.empty_like(tokens, dtype=state_dtype(logits.dtype)))
     if use_kernels(logits):
         from based.ops.token_sampling.decode import sample_tokens_kernel
 
-        return Drawn(*sample_tokens_kernel(logits, *rows))
-    return Drawn(*sample_tokens_reference(logits, *rows))
+        sample_tokens_kernel(logits, *rows, *into)
+    else:
+        for own, drawn in zip(into, sample_tokens_reference(logits, *rows), strict=True):
+            own.copy_(drawn)
+        rows.position.add_(1)
+    return into

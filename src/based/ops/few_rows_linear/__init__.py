@@ -1,0 +1,17 @@
+"""Projections of a decode step of few rows, each with what stands around it, in one kernel."""
+
+from based.ops.few_rows_linear.projections import (
+    fuses,
+    linear,
+    norm_linear,
+    norm_linear_convolution,
+    norm_linear_swiglu,
+)
+
+__all__ = [
+    "fuses",
+    "linear",
+    "norm_linear",
+    "norm_linear_convolution",
+    "norm_linear_swiglu",
+]

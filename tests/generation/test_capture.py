@@ -1,0 +1,110 @@
+"""What a GPU captures of a decode step, seen without one: launches on tensors without data.
+
+Tensors of the meta device have shapes alone: a step that looks at data, waits for the
+device or copies from the host is an error there, as it would be while a graph is captured.
+"""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from based.generation.step import DecodeStep
+from based.mixers.taylor_linear_attention import TaylorLinearAttention
+from based.models import Decoder, preset
+from based.models.presets import PRESETS
+from based.ops.token_sampling.decode import _sample_kernel
+
+PAGE = Path(__file__).parents[2] / "docs" / "generation.md"
+NO_LAUNCH = {
+    *("alias", "as_strided", "detach", "empty", "empty_like", "expand", "new_empty", "permute"),
+    *("select", "slice", "split", "split_with_sizes", "squeeze", "t", "transpose", "unbind"),
+    *("unsqueeze", "view", "_unsafe_view", "_reshape_alias", "lift_fresh"),
+}
+
+
+class Launches(TorchDispatchMode):
+    """Counts what would be nodes of a graph, and refuses tensors that are not on the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nodes: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        tensors = [x for x in tree_leaves((args, kwargs)) if is_tensor(x)]
+        assert all(x.is_meta for x in tensors), f"{func} reads the host's memory"
+        name = func._schema.name.removeprefix("aten::")
+        if name not in NO_LAUNCH:
+            self.nodes[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def is_tensor(x: object) -> bool:
+    return isinstance(x, torch.Tensor)
+
+
+@pytest.fixture
+def launches(monkeypatch) -> Launches:
+    """The kernels' path, each kernel a count."""
+    counted = Launches()
+
+    def launch(kernel, grid):
+        def called(*arguments, **options) -> None:
+            assert all(x.is_meta for x in arguments if is_tensor(x))
+            counted.nodes[kernel.fn.__name__] += 1
+
+        return called
+
+    monkeypatch.setattr("based.ops.kernels.INTERPRETING", True)
+    monkeypatch.setattr(type(_sample_kernel), "__getitem__", launch)
+    return counted
+
+
+def step_nodes(name: str, rows: int, launches: Launches, recent: int = 16) -> Counter[str]:
+    with torch.device("meta"):
+        model = Decoder(preset(name)).bfloat16()
+    state = model.init_state(rows, 1024, recent)
+    for layer in state:
+        layer.room = float("inf")
+    step = DecodeStep(model, state, [rows], model.step, graphs=False)
+    step.run(rows)  # fills caches, as the warm-up before a capture does
+    launches.nodes.clear()
+    with launches:
+        step.run(rows)
+    return launches.nodes
+
+
+@pytest.mark.parametrize("rows", [1, 128])
+@pytest.mark.parametrize("name", PRESETS)
+def test_no_step_looks_at_data(name: str, rows: int, launches: Launches) -> None:
+    nodes = step_nodes(name, rows, launches)
+    assert nodes.total() > 0
+    assert nodes["_sample_kernel"] == 1
+
+
+def test_a_step_that_waits_is_found(launches: Launches) -> None:
+    """The reference path of the deferred step asks whether any ring is full."""
+    mixer = TaylorLinearAttention(16, num_heads=1).to("meta", torch.float64)
+    state = mixer.init_state(2, recent=3)
+    with pytest.raises(RuntimeError, match=r"item\(\) cannot be called on meta tensors"):
+        mixer.step(torch.zeros(2, 16, device="meta", dtype=torch.float64), state)
+
+
+def test_a_step_of_one_row_is_few_launches(launches: Launches) -> None:
+    """Two a convolution layer and two an MLP, three an attention layer, four around them."""
+    nodes = step_nodes("based-1.3b", 1, launches)
+    assert nodes.total() == 22 * 2 + 14 * 3 + 36 * 2 + 4, nodes
+    assert nodes["_linear_kernel"] == 22 * 2 + 14 * 2 + 36 * 2 + 1
+    assert f"{nodes.total()} kernels\na token" in PAGE.read_text()
+
+
+def test_a_step_of_many_rows_fuses_what_stands_between_products(launches: Launches) -> None:
+    nodes = step_nodes("based-1.3b", 128, launches)
+    products = nodes["mm"] + nodes["addmm"]
+    assert products == 22 * 2 + 7 * 4 + 7 * 2 + 36 * 2 + 1
+    # Norms, kernels of mixers and of SwiGLU, counters, embedding and its cast, sampling.
+    assert nodes.total() - products == 73 + 36 + 36 + 14 + 3, nodes
+    assert f"a step of many rows has {nodes.total()}." in PAGE.read_text()

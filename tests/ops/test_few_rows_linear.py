@@ -1,0 +1,149 @@
+"""The fused projections against float64: interpreted, or on a GPU if there is one."""
+
+import pytest
+import torch
+from test_decode_kernels import DEVICE, TOLERANCE, close, draw
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from based.models import Decoder, DecoderConfig, DecoderState
+from based.ops import few_rows_linear
+from based.ops.elementwise import Residual, add_rms_norm
+from based.ops.few_rows_linear import decode
+from based.ops.gated_short_convolution.reference import gated_short_convolution_reference
+
+
+@pytest.fixture(autouse=True)
+def _kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("based.ops.kernels.INTERPRETING", DEVICE.type == "cpu")
+
+
+def residual(rows: int, C: int, dtype: torch.dtype, with_branch: bool = True) -> Residual:
+    branch = draw(rows, C, dtype=dtype) if with_branch else None
+    return Residual(draw(rows, C), branch, draw(C, dtype=dtype), 1e-5)
+
+
+def exact(given: Residual) -> tuple[Tensor, Tensor]:
+    """The sum and its norm in float64."""
+    branch = None if given.branch is None else given.branch.double()
+    return add_rms_norm(given.x.double(), branch, given.weight.double(), given.eps)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("rows", [1, 3, 4])
+@pytest.mark.parametrize(("C", "sizes"), [(16, (5,)), (200, (8, 24, 33)), (1792, (16, 16, 112))])
+def test_projections_of_a_norm(rows: int, C: int, sizes: tuple, dtype: torch.dtype) -> None:
+    given, weights = residual(rows, C, dtype), [draw(n, C, dtype=dtype) for n in sizes]
+    bias = draw(sum(sizes), dtype=dtype)
+    want, normed = exact(given)
+    total, got = few_rows_linear.norm_linear(given, weights, bias)
+    close(total, want, 1e-6)
+    close(got, F.linear(normed, torch.cat(weights).double(), bias.double()), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("rows", [1, 4])
+def test_swiglu_of_a_norm(rows: int, dtype: torch.dtype) -> None:
+    given, weight = residual(rows, 96, dtype, with_branch=False), draw(2 * 37, 96, dtype=dtype)
+    total, got = few_rows_linear.norm_linear_swiglu(given, weight)
+    assert total is given.x
+    value, gate = F.linear(exact(given)[1], weight.double()).chunk(2, dim=-1)
+    close(got, value * F.silu(gate), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("width", [1, 2, 3, 4])
+def test_convolution_of_a_norm(width: int, dtype: torch.dtype) -> None:
+    rows, C, N = 3, 64, 21
+    weight, bias = draw(2 * N, C, dtype=dtype), draw(2 * N, dtype=dtype)
+    taps, past = draw(N, width, dtype=dtype), draw(rows, width - 1, N, dtype=dtype)
+    wide = past.double()
+    for _ in range(2):
+        given = residual(rows, C, dtype)
+        y = F.linear(exact(given)[1], weight.double(), bias.double())
+        x, gate = (half[:, None] for half in y.chunk(2, dim=-1))
+        want, wide = gated_short_convolution_reference(x, gate, taps.double(), wide)
+        got = few_rows_linear.norm_linear_convolution(given, weight, bias, taps, past)[1]
+        close(got, want[:, 0], 2 * TOLERANCE[dtype])
+        if width > 1:
+            close(past, wide, TOLERANCE[dtype])
+
+
+def test_a_plain_product_counts_the_token() -> None:
+    layer, x = nn.Linear(48, 30).to(DEVICE), draw(3, 48)
+    counter = torch.tensor([5, 0, 2**40], device=DEVICE)
+    got = few_rows_linear.linear(x, layer, counter)
+    close(got, F.linear(x.double(), layer.weight.double(), layer.bias.double()), 2e-6)
+    assert counter.tolist() == [6, 1, 2**40 + 1]
+
+
+def test_weights_larger_than_a_program_s_registers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "TILE", 8)
+    layer, x = nn.Linear(48, 5, bias=False).to(DEVICE), draw(2, 48)
+    close(few_rows_linear.linear(x, layer), F.linear(x.double(), layer.weight.double()), 2e-6)
+
+
+def test_only_few_rows_and_plain_layers_are_fused() -> None:
+    class Adapted(nn.Module):
+        """As peft wraps a layer, whose weight it shows as its own."""
+
+        weight = nn.Linear(8, 8).weight
+
+    few, many = residual(4, 8, torch.float32), residual(5, 8, torch.float32)
+    assert few_rows_linear.fuses(few, nn.Linear(8, 8))
+    assert not few_rows_linear.fuses(many, nn.Linear(8, 8))
+    assert not few_rows_linear.fuses(few, nn.Linear(8, 8), Adapted())
+    layer = nn.Linear(8, 8)
+    layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Quantised))
+    assert not few_rows_linear.fuses(few, layer)
+
+
+class Quantised(Tensor):
+    """As torchao's weights: a tensor that is more than its numbers."""
+
+
+def model() -> Decoder:
+    linear, window, softmax = (
+        "taylor_linear_attention",
+        "sliding_window_attention",
+        "softmax_attention",
+    )
+    config = DecoderConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=48,
+        mixers=("gated_convolution", linear, window, softmax, "gated_linear_attention"),
+        mixer_options={
+            linear: {"num_heads": 2, "feature_dim": 4},
+            window: {"num_heads": 2, "window": 3, "bias": True},
+            softmax: {"num_heads": 2, "num_kv_heads": 1},
+        },
+        initializer_range=0.3,
+    )
+    return Decoder(config).to(DEVICE)
+
+
+@pytest.mark.parametrize("recent", [0, 3])
+def test_a_step_of_few_rows_is_the_step_of_many(recent: int, monkeypatch) -> None:
+    """Logits and every tensor of the state, fused and not, and in float64."""
+    given = model()
+    states = [given.init_state(2, 8, recent) for _ in range(2)]
+    wide = model().double()
+    wide.load_state_dict(given.state_dict())
+    states.append(wide.init_state(2, 8, recent))
+    for step in range(4):
+        tokens = torch.tensor([step, 7 * step + 1], device=DEVICE)
+        got = []
+        for most, of, state in zip((4, 0, 4), (given, given, wide), states, strict=True):
+            monkeypatch.setattr("based.ops.few_rows_linear.projections.MOST_ROWS", most)
+            got.append(of.step(tokens, state))
+        close(got[0], got[2], 1e-5)
+        close(got[1], got[2], 1e-5)
+        for other in (states[1], states[2]):
+            same(states[0], other)
+
+
+def same(got: DecoderState, want: DecoderState) -> None:
+    for a, b in zip(got, want, strict=True):
+        for name in b:
+            torch.testing.assert_close(a[name].to(b[name].dtype), b[name], rtol=1e-4, atol=1e-4)

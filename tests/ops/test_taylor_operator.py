@@ -5,9 +5,11 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from based.ops import fallback
 from based.ops.taylor_linear_attention import chunked, operator
-from based.ops.taylor_linear_attention.operator import _forward, _unsupported
+from based.ops.taylor_linear_attention.operator import _forward, _takes_kernels, _unsupported
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -81,21 +83,27 @@ def test_compiled_mixer_is_the_eager_one_without_graph_breaks() -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def test_what_no_kernel_takes_is_said_once() -> None:
-    _unsupported.cache_clear()
-    with pytest.warns(UserWarning, match="feature_dim 7 is not one of"):
-        assert _unsupported(7, 64, torch.float32) is not None
-    assert _unsupported(7, 64, torch.float32) is not None
-    with pytest.warns(UserWarning, match="float64"):
-        _unsupported(16, 64, torch.float64)
-    with pytest.warns(UserWarning, match="head_dim 300"):
-        _unsupported(16, 300, torch.float32)
-    with pytest.warns(UserWarning, match="float32 with a head_dim over 128"):
-        _unsupported(16, 192, torch.float32)
-    with pytest.warns(UserWarning, match="float32 with a head_dim over 64"):
-        _unsupported(32, 112, torch.float32)
-    assert _unsupported(16, 112, torch.bfloat16) is None
-    _unsupported.cache_clear()
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        ((7, 64, torch.float32), "feature_dim 7 is not one of (8, 16, 24, 32)"),
+        ((16, 300, torch.float32), "head_dim 300 is over 256"),
+        ((16, 192, torch.float32), "float32 with a head_dim over 128, at feature_dim 16"),
+        ((32, 112, torch.float32), "float32 with a head_dim over 64, at feature_dim 32"),
+        ((16, 112, torch.bfloat16), None),
+    ],
+)
+def test_what_no_kernel_takes(call, reason: str | None) -> None:
+    assert _unsupported(*call) == reason
+
+
+def test_what_no_kernel_takes_is_said_once(monkeypatch) -> None:
+    monkeypatch.setattr(fallback, "_SAID", set())
+    with FakeTensorMode():
+        q, v = (torch.empty(1, 2, 1, size, device="cuda") for size in (7, 4))
+    with pytest.warns(UserWarning, match="slower PyTorch path: feature_dim 7 is not one of"):
+        assert not _takes_kernels(q, v)
+    assert not _takes_kernels(q, v)
 
 
 def test_cpu_tensors_take_the_chunked_form(monkeypatch) -> None:

@@ -15,7 +15,12 @@ OVERLAP = True
 
 def use_kernels(x: Tensor) -> bool:
     """Whether an operator on `x` runs as a Triton kernel: on a GPU, in up to float32."""
-    return INSTALLED and (x.is_cuda or INTERPRETING) and x.element_size() <= 4
+    return INSTALLED and are_wanted(x)
+
+
+def are_wanted(x: Tensor) -> bool:
+    """Whether a user would expect a kernel: float64 is for exactness, and runs in PyTorch."""
+    return (x.is_cuda or INTERPRETING) and x.numel() > 0 and x.element_size() <= 4
 
 
 def overlap(x: Tensor) -> dict[str, bool]:

@@ -15,7 +15,6 @@ from based.ops.gated_short_convolution import shifted
 from based.ops.lanes import in_lanes
 
 LARGEST_WIDTH = 8
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def gated_short_convolution(
@@ -40,20 +39,18 @@ def gated_short_convolution(
 
 
 def _takes_kernel(projected: Tensor, weight: Tensor) -> bool:
-    if not (projected.is_cuda or kernels.INTERPRETING) or projected.numel() == 0 or in_lanes():
+    if not kernels.are_wanted(projected) or in_lanes():
         return False
-    reason = _unsupported(weight.shape[1], projected.dtype)
+    reason = _unsupported(weight.shape[1])
     if reason is not None:
         warn_once(f"The gated short convolution takes the slower PyTorch path: {reason}")
     return reason is None
 
 
-def _unsupported(width: int, dtype: torch.dtype) -> str | None:
+def _unsupported(width: int) -> str | None:
     """Why no kernel takes such a call; None if one does."""
     if width > LARGEST_WIDTH:
         return f"kernel_size {width} is over {LARGEST_WIDTH}"
-    if dtype not in DTYPES:
-        return f"dtype {dtype} is not one of {', '.join(map(str, DTYPES))}"
     return None if kernels.INSTALLED else "triton is not installed"
 
 

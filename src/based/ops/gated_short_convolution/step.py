@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from based.ops.gated_short_convolution.operator import gated_short_convolution
+from based.ops.gated_short_convolution.shifted import gated_short_convolution, next_past
 from based.ops.kernels import use_kernels
 
 
@@ -37,7 +37,6 @@ def gated_short_convolution_step(
 
         x, gate = projected.chunk(2, dim=-1)
         return convolution_step_kernel(x, gate, weight, past)
-    y, after = gated_short_convolution(projected[:, None], weight, past)
-    assert after is not None
-    past.copy_(after)
+    y = gated_short_convolution(projected[:, None], weight, past)
+    past.copy_(next_past(projected[:, None, : weight.shape[0]], past))
     return y[:, 0]

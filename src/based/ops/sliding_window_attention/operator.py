@@ -14,7 +14,6 @@ from based.ops.lanes import lanes_as_rows
 from based.ops.sliding_window_attention import blocked
 
 LARGEST_HEAD_DIM = 256
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @lanes_as_rows
@@ -40,7 +39,7 @@ def sliding_window_attention(
 
 
 def _takes_kernels(q: Tensor) -> bool:
-    if not (q.is_cuda or kernels.INTERPRETING) or q.numel() == 0:
+    if not kernels.are_wanted(q):
         return False
     reason = _unsupported(q.shape[3], q.dtype)
     if reason is not None:
@@ -51,8 +50,6 @@ def _takes_kernels(q: Tensor) -> bool:
 def _unsupported(head_dim: int, dtype: torch.dtype) -> str | None:
     """Why no kernel takes such a call; None if one does."""
     largest = LARGEST_HEAD_DIM // 2 if dtype == torch.float32 else LARGEST_HEAD_DIM
-    if dtype not in DTYPES:
-        return f"dtype {dtype} is not one of {', '.join(map(str, DTYPES))}"
     if head_dim > largest:
         return f"head_dim {head_dim} is over {largest} in {dtype}"
     return None if kernels.INSTALLED else "triton is not installed"

@@ -5,14 +5,12 @@ run the Triton kernels on CUDA tensors and the chunked PyTorch form on others.
 Eager calls on other devices take the chunked form directly.
 """
 
-import warnings
-from functools import cache
-from importlib.util import find_spec
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from based.ops import kernels
+from based.ops.fallback import warn_once
 from based.ops.lanes import lanes_as_rows
 from based.ops.precision import recording, state_dtype
 from based.ops.taylor_linear_attention import chunked
@@ -20,7 +18,6 @@ from based.ops.taylor_linear_attention.features import num_features
 
 FEATURE_DIMS = (8, 16, 24, 32)
 LARGEST_HEAD_DIM = 256
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def taylor_linear_attention(
@@ -56,34 +53,30 @@ def taylor_linear_attention_outputs(
 
 
 def _takes_operator(q: Tensor, v: Tensor) -> bool:
-    if q.shape[1] == 0:
+    """Compiled code always does, and it dispatches when it runs."""
+    return q.shape[1] > 0 and (torch.compiler.is_compiling() or _takes_kernels(q, v))
+
+
+def _takes_kernels(q: Tensor, v: Tensor) -> bool:
+    # The kernels' own tests call them; the operator's compare its CPU form.
+    if not q.is_cuda or not kernels.are_wanted(q):
         return False
-    if q.is_cuda:
-        reason = _unsupported(q.shape[3], v.shape[3], q.dtype)
-        return reason is None or torch.compiler.is_compiling()
-    return torch.compiler.is_compiling()
-
-
-@cache
-def _unsupported(feature_dim: int, head_dim: int, dtype: torch.dtype) -> str | None:
-    """Why no kernel takes such a call; said once. None if one does."""
-    reason = None
-    if feature_dim not in FEATURE_DIMS:
-        reason = f"feature_dim {feature_dim} is not one of {FEATURE_DIMS}"
-    elif head_dim > LARGEST_HEAD_DIM:
-        reason = f"head_dim {head_dim} is over {LARGEST_HEAD_DIM}"
-    elif dtype == torch.float32 and head_dim > (limit := 128 if feature_dim <= 16 else 64):
-        # States would not fit the shared memory: each is split in two, for tf32x3.
-        reason = f"float32 with a head_dim over {limit}, at feature_dim {feature_dim}"
-    elif dtype not in DTYPES:
-        reason = f"dtype {dtype} is not one of {', '.join(map(str, DTYPES))}"
-    elif find_spec("triton") is None:
-        reason = "triton is not installed"
+    reason = _unsupported(q.shape[3], v.shape[3], q.dtype)
     if reason is not None:
-        warnings.warn(
-            f"Taylor linear attention takes the slower PyTorch path: {reason}", stacklevel=4
-        )
-    return reason
+        warn_once(f"Taylor linear attention takes the slower PyTorch path: {reason}")
+    return reason is None
+
+
+def _unsupported(feature_dim: int, head_dim: int, dtype: torch.dtype) -> str | None:
+    """Why no kernel takes such a call; None if one does."""
+    if feature_dim not in FEATURE_DIMS:
+        return f"feature_dim {feature_dim} is not one of {FEATURE_DIMS}"
+    if head_dim > LARGEST_HEAD_DIM:
+        return f"head_dim {head_dim} is over {LARGEST_HEAD_DIM}"
+    if dtype == torch.float32 and head_dim > (limit := 128 if feature_dim <= 16 else 64):
+        # States would not fit the shared memory: each is split in two, for tf32x3.
+        return f"float32 with a head_dim over {limit}, at feature_dim {feature_dim}"
+    return None if kernels.INSTALLED else "triton is not installed"
 
 
 @torch.library.custom_op("based::taylor_linear_attention", mutates_args=())
@@ -97,7 +90,7 @@ def _forward(
     want_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Outputs, final state, 1 / denominators of the outputs, the four tensors of `States`."""
-    if q.is_cuda and _unsupported(q.shape[3], v.shape[3], q.dtype) is None:
+    if _takes_kernels(q, v):
         from based.ops.taylor_linear_attention.kernels import launch
 
         *results, states = launch.forward(q, k, v, numerator, denominator, cu_seqlens, want_state)
@@ -122,7 +115,7 @@ def _forward_fake(
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     final = v.new_empty(N, H, F, V, dtype=wide), v.new_empty(N, H, F, dtype=wide)
     out = torch.empty_like(v, memory_format=torch.contiguous_format)
-    if not q.is_cuda or _unsupported(K, V, q.dtype) is not None:
+    if not _takes_kernels(q, v):
         return out, *final, *(q.new_empty(0) for _ in range(5))
     from based.ops.taylor_linear_attention.kernels import launch
 

@@ -7,7 +7,7 @@ from based.data import train_tokenizer
 from based.errors import BasedError
 from based.generation import Engine, EngineConfig, Sampling, generate, prefill, stream, stream_text
 from based.generation.sampling import sampling_rows
-from based.generation.text import until_stop
+from based.generation.text import StopStrings
 from based.models import Decoder, preset
 from based.ops.token_sampling import sample_tokens
 
@@ -113,6 +113,17 @@ def test_end_of_text_ends_and_is_not_part_of_it(model, monkeypatch) -> None:
     assert list(stream(model, [5, 6, 7], greedy, first)) == []
     assert generate(model, [[5, 6, 7]], greedy, first) == [[]]
     assert generate(model, [], greedy, EOS) == []
+
+
+def until_stop(pieces, stop: tuple[str, ...]) -> Iterator[str]:
+    strings = StopStrings(stop)
+    for piece in pieces:
+        if text := strings.feed(piece):
+            yield text
+        if strings.found:
+            return
+    if text := strings.flush():
+        yield text
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 50])

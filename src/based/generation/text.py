@@ -1,7 +1,5 @@
 """From tokens to text as they come: decoding of partial characters, stop strings."""
 
-from collections.abc import Iterable, Iterator
-
 from based.data.tokenizer import StreamDecoder, Tokenizer
 
 
@@ -53,18 +51,6 @@ class TextStream:
         """The text that has become certain since the last call."""
         ready, self._ready = self._ready, ""
         return ready
-
-
-def until_stop(pieces: Iterable[str], stop: tuple[str, ...]) -> Iterator[str]:
-    """The pieces' text up to the first stop string, piece by piece as each becomes certain."""
-    strings = StopStrings(stop)
-    for piece in pieces:
-        if text := strings.feed(piece):
-            yield text
-        if strings.found:
-            return
-    if text := strings.flush():
-        yield text
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -47,7 +47,7 @@ class WandbLogger:
     """A Weights & Biases run, named like the directory; a resumed run goes on in it."""
 
     def __init__(self, run: Path, step: int, options: dict[str, Any]) -> None:
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]
 
         kept = run / "wandb.id"
         if not kept.exists():

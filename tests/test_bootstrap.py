@@ -1,4 +1,5 @@
 import ast
+import importlib.metadata
 import importlib.util
 import subprocess
 import sys
@@ -77,15 +78,25 @@ def test_what_is_ready_costs_nothing_and_what_is_half_made_is_completed(
 
 
 @pytest.mark.parametrize(
-    ("version", "pin"),
+    ("version", "brings_triton", "want"),
     [
-        ("2.12.1+cu130", "torch==2.12.1+cu130\n"),
-        ("2.11.0", "torch==2.11.0\n"),
-        ("2.10.1", None),
-        (None, None),
+        ("2.12.1+cu130", True, "torch==2.12.1+cu130\n"),
+        ("2.11.0+cpu", False, "torch==2.11.0+cpu\n{triton}"),
+        ("2.10.1", True, "{torch}{triton}"),
+        (None, False, "{torch}{triton}"),
     ],
 )
-def test_a_torch_in_range_is_kept(bootstrap, monkeypatch, version, pin) -> None:
+def test_a_torch_in_range_is_kept(bootstrap, monkeypatch, version, brings_triton, want) -> None:
     monkeypatch.setattr(bootstrap, "torch_version", lambda python: version)
-    ours = (SCRIPT.parents[1] / "constraints.txt").read_text()
-    assert bootstrap.pins() == (pin or ours)
+    monkeypatch.setattr(bootstrap, "brings_triton", lambda python: brings_triton)
+    torch, triton = (SCRIPT.parents[1] / "constraints.txt").read_text().splitlines(keepends=True)
+    assert bootstrap.pins() == want.format(torch=torch, triton=triton)
+
+
+def test_what_this_python_has_and_one_that_does_not_run(bootstrap) -> None:
+    assert bootstrap.torch_version(sys.executable) == importlib.metadata.version("torch")
+    requirements = importlib.metadata.requires("torch") or []
+    named = any(line.startswith("triton") for line in requirements)
+    assert bootstrap.brings_triton(sys.executable) == named
+    assert bootstrap.torch_version("/nowhere/python") is None
+    assert not bootstrap.brings_triton("/nowhere/python")

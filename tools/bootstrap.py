@@ -98,21 +98,33 @@ def install(group):
 
 def pins():
     """constraints.txt, but a torch that is there and in range is pinned as it is."""
-    version = torch_version(PYTHON)
-    if torch_in_range(version):
-        say("keeping the torch %s that is there" % version)
-        return "torch==%s\n" % version
     with open(os.path.join(ROOT, "constraints.txt")) as file:
-        return file.read()
+        ours = file.readlines()
+    version = torch_version(PYTHON)
+    if not torch_in_range(version):
+        return "".join(ours)
+    say("keeping the torch %s that is there" % version)
+    # A CUDA build of torch asks for the Triton that it was made with.
+    rest = [] if brings_triton(PYTHON) else [line for line in ours if not line.startswith("torch=")]
+    return "torch==%s\n" % version + "".join(rest)
+
+
+def brings_triton(python):
+    """Whether the torch that is there names a Triton of its own."""
+    return "triton" in ask(python, "print(m.requires('torch'))")
 
 
 def torch_version(python):
-    code = "import importlib.metadata as m; print(m.version('torch'))"
+    return ask(python, "print(m.version('torch'))") or None
+
+
+def ask(python, code):
+    """What that Python prints of the packages that it has; nothing if it cannot."""
+    command = [python, "-c", "import importlib.metadata as m; " + code]
     try:
-        out = subprocess.check_output([python, "-c", code], stderr=subprocess.DEVNULL)
+        return subprocess.check_output(command, stderr=subprocess.DEVNULL).decode().strip()
     except (OSError, subprocess.CalledProcessError):
-        return None
-    return out.decode().strip()
+        return ""
 
 
 def torch_in_range(version):

@@ -12,10 +12,9 @@ linear layer, moved once.
 
 from __future__ import annotations
 
-import gc
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +27,13 @@ from torch import nn
 from based.generation import prefill
 from based.models import Decoder, preset
 from based.models.device import pick_device
-from based.training.hardware import peak_memory
-from benchmarks import pieces
+from benchmarks import pieces, speeds
 from benchmarks.attention import best_attention
 from benchmarks.floors import copy_rate, matmul_rate
 from benchmarks.mamba import official_mamba
 from benchmarks.pieces import Row
-from benchmarks.profile import profiled
 from benchmarks.rows import RESULTS
+from benchmarks.speeds import Step
 
 NAME = "prefill"
 MODELS = (
@@ -92,8 +90,7 @@ def main(options: Options) -> None:
 def missing(options: Options, model: str) -> list[int]:
     """Lengths at which this device has no row of the model yet."""
     lengths = options.lengths or LENGTHS[model.split("-")[0]]
-    done = {(row["model"], row["length"]) for row in pieces.read(options.out, NAME)}
-    return [length for length in lengths if (model, length) not in done]
+    return speeds.missing(options.out, NAME, model, lengths)
 
 
 @torch.no_grad()
@@ -111,7 +108,9 @@ def measure(options: Options, model: str) -> None:
             return
         batch = max(1, options.tokens // length)
         with best_attention(shape, length, device, backward=False) as backend:
-            row = timed(options, reader(net, peer, batch, length), batch * length, device)
+            build = partial(reader, net, peer, batch, length)
+            speeds.release(device)
+            row = speeds.timed(build, batch * length, options.repeats, device)
         row |= {"attention": backend, **floor(net, batch * length, length, device)}
         row |= {"batch": batch, "kernels": "based" if peer is None else "mamba-ssm"}
         row["compiled"] = options.compile and peer is None
@@ -120,7 +119,7 @@ def measure(options: Options, model: str) -> None:
         Console().print(f"{model} at {batch} x {length:,}: {speed:,.0f} tokens/s")
 
 
-def reader(net: Decoder, peer: Any, batch: int, length: int) -> Callable[[], object]:
+def reader(net: Decoder, peer: Any, batch: int, length: int) -> Step:
     """What is timed, from the prompts to the logits of their next tokens."""
     tokens = torch.randint(net.config.vocab_size, (batch, length), device=net.device)
     if peer is not None:
@@ -128,43 +127,6 @@ def reader(net: Decoder, peer: Any, batch: int, length: int) -> Callable[[], obj
     if "taylor_linear_attention" in net.config.mixers:
         return lambda: prefill(net, tokens, net.init_state(batch), chunk=length)
     return lambda: net.logits(net.hidden(tokens)[0][:, -1])
-
-
-def timed(options: Options, read: Callable[[], object], count: int, device: torch.device) -> Row:
-    """Median of several readings of `count` tokens; their time by kind on a GPU."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    began = time.perf_counter()
-    for _ in range(2):
-        read()
-    synchronise(device)
-    warmup = time.perf_counter() - began
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    seconds = sorted(seconds_of(read, device) for _ in range(options.repeats))
-    return {
-        "tokens_per_second": count / seconds[len(seconds) // 2],
-        "slowest": count / seconds[-1],
-        "fastest": count / seconds[0],
-        "milliseconds": 1e3 * seconds[len(seconds) // 2],
-        "warmup_seconds": warmup,
-        "memory_bytes": peak_memory(device),
-        "by_kind": profiled(read) if device.type == "cuda" else None,
-    }
-
-
-def seconds_of(function: Callable[[], object], device: torch.device) -> float:
-    """Of one call, host and device."""
-    began = time.perf_counter()
-    function()
-    synchronise(device)
-    return time.perf_counter() - began
-
-
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def floor(net: Decoder, tokens: int, length: int, device: torch.device) -> dict[str, float]:
@@ -181,8 +143,7 @@ def floor(net: Decoder, tokens: int, length: int, device: torch.device) -> dict[
 def show(console: Console, rows: list[Row]) -> None:
     """Speeds side by side, then where the time of each goes."""
     table = Table("model", "prompts", "tokens/s", "ms", "floor", "with moves", "memory")
-    order = {model: number for number, model in enumerate(MODELS)}
-    rows = sorted(rows, key=lambda row: (order.get(row["model"], 99), row["length"]))
+    rows = speeds.in_order(rows, MODELS)
     for row in rows:
         memory = row["memory_bytes"]
         table.add_row(
@@ -195,34 +156,17 @@ def show(console: Console, rows: list[Row]) -> None:
             "" if memory is None else f"{memory / 1e9:.0f} GB",
         )
     console.print(table)
-    for row in rows:
-        if row["by_kind"]:
-            shares = {kind: ms / row["milliseconds"] for kind, ms in row["by_kind"].items()}
-            shares["idle"] = max(0.0, 1 - sum(shares.values()))
-            text = ", ".join(f"{kind} {share:.0%}" for kind, share in shares.items())
-            console.print(f"{row['model']} at {row['length']:,}: {text}")
+    speeds.show_kinds(console, rows)
 
 
 def plot(rows: list[Row], path: Path) -> None:
     """Tokens a second over the length of a prompt; dotted: the floor of Based's products."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
-    for axes, size in zip(figure.subplots(1, 2), ("360m", "1.3b"), strict=True):
-        for model in sorted({row["model"] for row in rows if size in row["model"]}):
-            part = sorted((r["length"], r) for r in rows if r["model"] == model)
-            lengths = [length for length, _ in part]
-            line = axes.plot(lengths, [r["tokens_per_second"] for _, r in part], "o-", label=model)
-            if model.startswith("based"):
-                most = [r["batch"] * r["length"] / r["floor_ms"] * 1e3 for _, r in part]
-                axes.plot(lengths, most, ":", color=line[0].get_color())
-        axes.set_xscale("log", base=2)
-        axes.set(xlabel="tokens a prompt", ylabel="tokens a second", title=size)
-        axes.set_ylim(bottom=0)
-        axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend(frameon=False)
-    figure.savefig(path, dpi=120)
+    speeds.plot(
+        rows,
+        path,
+        "tokens a prompt",
+        limit=lambda row: row["batch"] * row["length"] / row["floor_ms"] * 1e3,
+    )
 
 
 if __name__ == "__main__":

@@ -11,11 +11,10 @@ training.jsonl it is measured again.
 
 from __future__ import annotations
 
-import gc
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,16 +29,16 @@ from based.models.accounting import skeleton, training_flops
 from based.models.device import pick_device
 from based.ops.linear_cross_entropy import linear_cross_entropy
 from based.training.config import TrainConfig
-from based.training.hardware import peak_flops, peak_memory
+from based.training.hardware import peak_flops
 from based.training.learner import Learner
 from based.training.parallel import Ranks
 from based.training.plan import make_plan
-from benchmarks import pieces
+from benchmarks import pieces, speeds
 from benchmarks.attention import best_attention
 from benchmarks.mamba import official_mamba
 from benchmarks.pieces import Row
-from benchmarks.profile import profiled
 from benchmarks.rows import RESULTS
+from benchmarks.speeds import Step
 
 NAME = "training"
 LLAMA = "hf-llama"
@@ -78,9 +77,6 @@ class Options:
     """Measure in this process, one model after the other."""
 
 
-Step = Callable[[], object]
-
-
 class Case(NamedTuple):
     """One way to compute a step."""
 
@@ -116,8 +112,7 @@ def main(options: Options) -> None:
 
 def missing(options: Options, model: str) -> list[int]:
     """Lengths at which this device has no row of the model yet."""
-    done = {(row["model"], row["length"]) for row in pieces.read(options.out, NAME)}
-    return [length for length in options.lengths if (model, length) not in done]
+    return speeds.missing(options.out, NAME, model, options.lengths)
 
 
 def measure(options: Options, model: str) -> None:
@@ -169,43 +164,21 @@ def memory_of(device: torch.device) -> float:
 
 def timed(options: Options, case: Case, device: torch.device) -> Row:
     """Median step of several; its time by kind on a GPU."""
-    # What the length before left behind, cycles and all.
     torch.compiler.reset()
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    began = time.perf_counter()
+    speeds.release(device)
     peer = official_mamba(shape_of(case.model), device, torch.bfloat16)
     if peer is not None:
-        step = mamba_step(options, case, device, peer)
+        build = partial(mamba_step, options, case, device, peer)
     else:
-        step = (llama_step if case.model in TWINS else our_step)(options, case, device)
-    for _ in range(2):
-        step()
-    synchronise(device)
-    warmup = time.perf_counter() - began
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    times = []
-    for _ in range(options.steps):
-        began = time.perf_counter()
-        step()
-        synchronise(device)
-        times.append(time.perf_counter() - began)
+        build = partial(llama_step if case.model in TWINS else our_step, options, case, device)
     tokens = case.batch(options) * case.length
     return {
-        "tokens_per_second": tokens / statistics.median(times),
-        "slowest": tokens / max(times),
-        "fastest": tokens / min(times),
+        **speeds.timed(build, tokens, options.steps, device),
         "micro_batch": case.sequences,
         "recompute": case.recompute,
         "compiled": options.compile and peer is None,
         "kernels": "based" if peer is None else "mamba-ssm",
         "step_tokens": tokens,
-        "warmup_seconds": warmup,
-        "memory_bytes": peak_memory(device),
-        "milliseconds": 1e3 * statistics.median(times),
-        "by_kind": profiled(step) if device.type == "cuda" else None,
     }
 
 
@@ -299,19 +272,13 @@ def shape_of(model: str) -> DecoderConfig:
     return replace(shape, mixer_options=whole)
 
 
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
 def show(console: Console, rows: list[Row]) -> None:
     """Speeds side by side, then where the time of each goes."""
     table = Table(
         "model", "length", "tokens/s", "of peak", "memory", "of its speed at the shortest"
     )
     first: dict[str, float] = {}
-    order = {model: number for number, model in enumerate(MODELS)}
-    rows = sorted(rows, key=lambda row: (order.get(row["model"], 99), row["length"]))
+    rows = speeds.in_order(rows, MODELS)
     for row in rows:
         speed = row["tokens_per_second"]
         base = first.setdefault(row["model"], speed)
@@ -325,32 +292,12 @@ def show(console: Console, rows: list[Row]) -> None:
             f"{speed / base:.0%}",
         )
     console.print(table)
-    for row in rows:
-        if row["by_kind"]:
-            total = row["milliseconds"]
-            parts = {**row["by_kind"], "idle": max(total - sum(row["by_kind"].values()), 0.0)}
-            text = ", ".join(f"{kind} {ms / total:.0%}" for kind, ms in parts.items())
-            console.print(f"{row['model']} at {row['length']:,}: {text}")
+    speeds.show_kinds(console, rows)
 
 
 def plot(rows: list[Row], path: Path) -> None:
     """Tokens a second over the length of a sequence."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
-    for axes, size in zip(figure.subplots(1, 2), ("360m", "1.3b"), strict=True):
-        for model in sorted({row["model"] for row in rows if size in row["model"]}):
-            part = sorted(
-                (r["length"], r["tokens_per_second"]) for r in rows if r["model"] == model
-            )
-            axes.plot(*zip(*part, strict=True), "o-", label=model)
-        axes.set_xscale("log", base=2)
-        axes.set(xlabel="tokens a sequence", ylabel="tokens a second", title=size)
-        axes.set_ylim(bottom=0)
-        axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend(frameon=False)
-    figure.savefig(path, dpi=120)
+    speeds.plot(rows, path, "tokens a sequence")
 
 
 if __name__ == "__main__":

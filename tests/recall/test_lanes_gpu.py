@@ -15,11 +15,11 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-TASK = Task(64, 8, 16)
+TASK, LONG = Task(64, 8, 16), Task(512, 32, 4)
 RECIPE = Recipe(
     vocab_size=256,
     train=(TASK,),
-    test=(TASK,),
+    test=(TASK, LONG),
     batch_size=16,
     embedding_dropout=0.0,
     attention_dropout=0.0,
@@ -53,5 +53,5 @@ def test_recorded_steps_are_plain_steps(architecture: str, fuse: bool) -> None:
     # Small gradients make AdamW's first steps a matter of rounding, here and there.
     apart = (lanes.flat.detach().cpu() - exact.flat.detach()).abs()
     assert apart.mean() < 2e-4
-    long = segment(Task(512, 32, 4), 256, seed=9).to(torch.device("cuda"))
+    long = segment(LONG, 256, seed=9).to(torch.device("cuda"))
     assert evaluate(lanes, [0, 1], [long]).shape == (2, 1)

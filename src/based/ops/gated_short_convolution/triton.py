@@ -37,9 +37,9 @@ class Walk(NamedTuple):
         return length
 
 
-FORWARD = Walk(BLOCK=512, GROUP=8, num_warps=4, longest=32)
+FORWARD = Walk(BLOCK=512, GROUP=8, num_warps=4, longest=16)
 # Longer: each stretch leaves a part of the weight's gradient, and computes W - 1 tokens twice.
-BACKWARD = Walk(BLOCK=512, GROUP=4, num_warps=4, longest=64)
+BACKWARD = Walk(BLOCK=512, GROUP=4, num_warps=4, longest=128)
 
 
 @triton.jit

@@ -29,13 +29,13 @@ def _tiles(D: int, wide: bool) -> Tiles:
         # float32 operands, or heads twice as wide, fill the shared memory sooner.
         small = {"BQ": 32, "BK": 32, "num_warps": 4, "num_stages": 1}
         return Tiles(small, small, small)
-    square = {"BQ": 64, "BK": 64, "num_warps": 4, "num_stages": 2}
+    # Narrow tiles leave registers for the sums, of 64 x D each.
+    queries = {"BQ": 64, "BK": 32, "num_warps": 4, "num_stages": 3}
+    keys = {"BQ": 32, "BK": 64, "num_warps": 4, "num_stages": 3}
     if D <= 64:
         # Four programs a multiprocessor.
-        square["maxnreg"] = 128
-        return Tiles(square, square, {**square, "BQ": 32, "num_stages": 3})
-    # Narrow tiles leave registers for the sums, of 64 x D each.
-    return Tiles(square, {**square, "BK": 32}, {**square, "BQ": 32, "num_stages": 3})
+        keys = {**keys, "num_stages": 2, "maxnreg": 128}
+    return Tiles(queries, queries, keys)
 
 
 class Call(NamedTuple):

@@ -22,3 +22,14 @@ def dot_add(a, b, total, PRECISION: tl.constexpr):
     if INTERPRETED:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, total, input_precision=PRECISION)
+
+
+@triton.jit
+def opaque(x):
+    """x, a 32-bit scalar, as a value made here: what hangs on it is not computed before a loop.
+
+    Addresses of a large tile are many registers, and the loop needs them for itself.
+    """
+    if INTERPRETED:
+        return x
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], tl.int32, is_pure=False, pack=1)

@@ -214,7 +214,7 @@ def forward(
     if want_state or numerator is not None or q.shape[1] > LENGTH * out.shape[0]:
         beyond = (numerator, denominator)
         states, final, final_normaliser = run_states(shape, segments, k, v, beyond)
-    constants = shape.constants(shape.tiles.attend)
+    constants = shape.constants({"EARLY": True, **shape.tiles.attend})
     attend[len(segments.segments) * shape.heads, triton.cdiv(shape.V, constants["BV"])](
         q,
         k,
@@ -228,6 +228,7 @@ def forward(
         shape.heads,
         HAS_STATE=states.strip_numerator.numel() > 0,
         DTYPE=shape.products,
+        LENGTH=LENGTH,
         **constants,
     )
     return out, final, final_normaliser, inverse, states
@@ -271,6 +272,7 @@ def backward(
         H,
         HAS_STATE=states.strip_numerator.numel() > 0,
         DTYPE=shape.products,
+        LENGTH=LENGTH,
         **shape.constants(shape.tiles.query_gradients),
     )
     after = States(q.new_empty(0, dtype=shape.dtype), *nothing(q, 3))
@@ -294,6 +296,7 @@ def backward(
         H,
         HAS_STATE=after.strip_numerator.numel() > 0,
         DTYPE=shape.products,
+        LENGTH=LENGTH,
         **shape.constants(shape.tiles.key_gradients),
     )
     return d_q, d_k, d_v, d_initial, d_initial_normaliser

@@ -13,7 +13,7 @@ from based.ops.taylor_linear_attention.kernels.features import (
     rest_places,
     rest_selector,
 )
-from based.ops.tensor_core import dot, dot_add
+from based.ops.tensor_core import dot, dot_add, opaque
 
 
 @triton.jit
@@ -173,6 +173,7 @@ def store_state(
 ):
     """Writes one state in the layout of `features.py`."""
     dtype = numerator_ptr.dtype.element_ty
+    tile = opaque(tile)
     place, exists = diagonal_places(tile, K, KP, diagonal.shape[0])
     tl.store(
         numerator_ptr + place[:, None] * V + value[None, :],

@@ -63,6 +63,7 @@ def query_gradients(
     BQ: tl.constexpr,
     BK: tl.constexpr,
     LENGTH: tl.constexpr,
+    KEEP: tl.constexpr,  # whether a segment's values stay on chip
     SCALE: tl.constexpr,
     PRECISION: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -86,12 +87,11 @@ def query_gradients(
         state = (numerator_ptr, normaliser_ptr, strip_numerator_ptr, strip_normaliser_ptr)
         state = state_of(state, segment, strip, head, H, F, V)
 
-        local_q, local_k = tl.arange(0, BQ), tl.arange(0, BK)
-        keys = load_tiles(k_ptr, k_stride_t, local_k, feature, length, K, LENGTH, DTYPE)
-        values = load_tiles(v_ptr, v_stride_t, local_k, value, length, V, LENGTH, DTYPE)
-        queries = load_tiles(q_ptr, q_stride_t, local_q, feature, length, K, LENGTH, DTYPE)
-        d_out = load_tile(d_out_ptr, local_q, d_stride_t, value, local_q < length, V)
-        out = load_tile(out_ptr, local_q, H * V, value, local_q < length, V)
+        local = tl.arange(0, BQ)
+        q_next = load_tile(q_ptr, local, q_stride_t, feature, local < length, K)
+        d_next = load_tile(d_out_ptr, local, d_stride_t, value, local < length, V)
+        o_next = load_tile(out_ptr, local, H * V, value, local < length, V)
+        i_next = tl.load(inverse_ptr + local, mask=local < length, other=0.0)
         rows = load_diagonals(state, inside, HAS_STATE, 0, value, K, KP, V, BF, DTYPE)
         selector = diagonal_selector(0, K, KP, BF, True).to(DTYPE)
         if TILES > 1:
@@ -101,58 +101,63 @@ def query_gradients(
         matrix = load_mixer(state, inside, HAS_STATE, K, KP, True, DTYPE)
         vector = load_normaliser(state, inside, HAS_STATE, 1 + feature, feature < K) * SCALE
 
-        for first in tl.static_range(0, LENGTH, BQ):
-            token = first + local_q
+        for first in range(0, length, BQ):
+            token = first + local
             real = token < length
-            inverse = tl.load(inverse_ptr + token, mask=real, other=0.0)
-            g = (d_out.to(tl.float32) * inverse[:, None]).to(DTYPE)
+            # Loads are under way while what was loaded before is used: the state comes first.
+            k = load_tile(k_ptr, token, k_stride_t, feature, real, K).to(DTYPE)
+            v = load_tile(v_ptr, token, v_stride_t, value, real, V).to(DTYPE)
+            q = q_next.to(DTYPE)
+            g = (d_next.to(tl.float32) * i_next[:, None]).to(DTYPE)
             # Of g as it was rounded: what v has in common cancels in g . (v - out).
-            delta = -tl.sum(out.to(tl.float32) * g.to(tl.float32), 1)
-            if first + BQ < LENGTH:
-                # Under way while this tile is computed.
-                after = token + BQ
-                d_out = load_tile(d_out_ptr, after, d_stride_t, value, after < length, V)
-                out = load_tile(out_ptr, after, H * V, value, after < length, V)
-            if first < length:
-                tl.store(delta_ptr + token, delta, mask=real)
-                tl.store(
-                    g_ptr + token[:, None] * H * V + value[None, :],
-                    g,
-                    mask=real[:, None] & (value < V)[None, :],
-                )
-                q = queries[first // BQ]
-                d_q = tl.zeros([BQ, KP], tl.float32)
-                for key in tl.static_range(0, first + BQ, BK):
-                    k, v = keys[key // BK], values[key // BK]
-                    d_a = dot(g, tl.trans(v), PRECISION) + delta[:, None]
-                    d_s = d_a * (SCALE + SCALE * SCALE * dot(q, tl.trans(k), PRECISION))
-                    if key >= first:
-                        d_s = tl.where((key + local_k)[None, :] <= token[:, None], d_s, 0.0)
-                    d_q = dot_add(d_s.to(DTYPE), k, d_q, PRECISION)
-                if inside | HAS_STATE:
-                    x, rolled, terms = mix(q, matrix, KP, PRECISION)
-                    d_q += delta[:, None] * (terms + vector[None, :])
-                    d_q += through_rest(g, rolled, SCALE, rest, KP, PRECISION)
-                    second = dot(q, selector, PRECISION)
-                    d_phi = dot(g, tl.trans(rows), PRECISION)
-                    d_q += through_diagonals(x, second, d_phi, selector, KP, PRECISION)
-                    if TILES > 1:
-                        second = dot(q, selector1, PRECISION)
-                        d_phi = dot(g, tl.trans(rows1), PRECISION)
-                        d_q += through_diagonals(x, second, d_phi, selector1, KP, PRECISION)
-                    for tile in range(2, TILES):
-                        other = load_diagonals(
-                            state, inside, HAS_STATE, tile, value, K, KP, V, BF, DTYPE
-                        )
-                        others = diagonal_selector(tile, K, KP, BF, True).to(DTYPE)
-                        second = dot(q, others, PRECISION)
-                        d_phi = dot(g, tl.trans(other), PRECISION)
-                        d_q += through_diagonals(x, second, d_phi, others, KP, PRECISION)
-                tl.store(
-                    d_q_ptr + token[:, None] * H * K + feature[None, :],
-                    d_q.to(d_q_ptr.dtype.element_ty),
-                    mask=real[:, None] & (feature < K)[None, :],
-                )
+            delta = -tl.sum(o_next.to(tl.float32) * g.to(tl.float32), 1)
+            tl.store(delta_ptr + token, delta, mask=real)
+            tl.store(
+                g_ptr + token[:, None] * H * V + value[None, :],
+                g,
+                mask=real[:, None] & (value < V)[None, :],
+            )
+            d_q = tl.zeros([BQ, KP], tl.float32)
+            if inside | HAS_STATE:
+                x, rolled, terms = mix(q, matrix, KP, PRECISION)
+                d_q = delta[:, None] * (terms + vector[None, :])
+                d_q += through_rest(g, rolled, SCALE, rest, KP, PRECISION)
+                second = dot(q, selector, PRECISION)
+                d_phi = dot(g, tl.trans(rows), PRECISION)
+                d_q += through_diagonals(x, second, d_phi, selector, KP, PRECISION)
+                if TILES > 1:
+                    second = dot(q, selector1, PRECISION)
+                    d_phi = dot(g, tl.trans(rows1), PRECISION)
+                    d_q += through_diagonals(x, second, d_phi, selector1, KP, PRECISION)
+                for tile in range(2, TILES):
+                    other = load_diagonals(
+                        state, inside, HAS_STATE, tile, value, K, KP, V, BF, DTYPE
+                    )
+                    others = diagonal_selector(tile, K, KP, BF, True).to(DTYPE)
+                    second = dot(q, others, PRECISION)
+                    d_phi = dot(g, tl.trans(other), PRECISION)
+                    d_q += through_diagonals(x, second, d_phi, others, KP, PRECISION)
+            after = token + BQ
+            q_next = load_tile(q_ptr, after, q_stride_t, feature, after < length, K)
+            d_next = load_tile(d_out_ptr, after, d_stride_t, value, after < length, V)
+            o_next = load_tile(out_ptr, after, H * V, value, after < length, V)
+            i_next = tl.load(inverse_ptr + after, mask=after < length, other=0.0)
+            d_a = dot(g, tl.trans(v), PRECISION) + delta[:, None]
+            d_s = d_a * (SCALE + SCALE * SCALE * dot(q, tl.trans(k), PRECISION))
+            d_s = tl.where(token[None, :] <= token[:, None], d_s, 0.0)
+            d_q = dot_add(d_s.to(DTYPE), k, d_q, PRECISION)
+            for key in range(0, first, BK):
+                index = key + tl.arange(0, BK)
+                earlier = load_tile(k_ptr, index, k_stride_t, feature, index < length, K).to(DTYPE)
+                its_v = load_tile(v_ptr, index, v_stride_t, value, index < length, V).to(DTYPE)
+                d_a = dot(g, tl.trans(its_v), PRECISION) + delta[:, None]
+                d_s = d_a * (SCALE + SCALE * SCALE * dot(q, tl.trans(earlier), PRECISION))
+                d_q = dot_add(d_s.to(DTYPE), earlier, d_q, PRECISION)
+            tl.store(
+                d_q_ptr + token[:, None] * H * K + feature[None, :],
+                d_q.to(d_q_ptr.dtype.element_ty),
+                mask=real[:, None] & (feature < K)[None, :],
+            )
 
 
 @triton.jit
@@ -208,11 +213,9 @@ def key_gradients(
         state = (numerator_ptr, normaliser_ptr, strip_numerator_ptr, strip_normaliser_ptr)
         state = state_of(state, segment, strip, head, H, F, V)
 
-        local_q, local_k = tl.arange(0, BQ), tl.arange(0, BK)
-        queries = load_tiles(q_ptr, q_stride_t, local_q, feature, length, K, LENGTH, DTYPE)
-        gradients = load_tiles(g_ptr, H * V, local_q, value, length, V, LENGTH, DTYPE)
-        keys = load_tiles(k_ptr, k_stride_t, local_k, feature, length, K, LENGTH, DTYPE)
-        v = load_tile(v_ptr, local_k, v_stride_t, value, local_k < length, V).to(DTYPE)
+        local = tl.arange(0, BK)
+        k_next = load_tile(k_ptr, local, k_stride_t, feature, local < length, K)
+        v_next = load_tile(v_ptr, local, v_stride_t, value, local < length, V)
         rows = load_diagonals(state, inside, HAS_STATE, 0, value, K, KP, V, BF, DTYPE)
         selector = diagonal_selector(0, K, KP, BF, False).to(DTYPE)
         if TILES > 1:
@@ -223,63 +226,70 @@ def key_gradients(
         matrix = load_mixer(state, inside, HAS_STATE, K, KP, False, DTYPE)
         vector = load_normaliser(state, inside, HAS_STATE, 1 + feature, feature < K)
 
-        for first in tl.static_range(0, LENGTH, BK):
-            index = first + local_k
+        for first in range(0, length, BK):
+            index = first + local
             real = index < length
-            now = v
-            if first + BK < LENGTH:
-                # Under way while this tile is computed.
-                after = index + BK
-                v = load_tile(v_ptr, after, v_stride_t, value, after < length, V).to(DTYPE)
-            if first < length:
-                k = keys[first // BK]
-                d_k = tl.zeros([BK, KP], tl.float32)
-                d_v = tl.zeros([BK, BV], tl.float32)
-                # Past the end q, g and delta are 0, and so is what they add.
-                for query in tl.static_range(first, LENGTH, BQ):
-                    token = query + local_q
-                    q, g = queries[query // BQ], gradients[query // BQ]
-                    delta = tl.load(delta_ptr + token, mask=token < length, other=0.0)
-                    s = dot(k, tl.trans(q), PRECISION)
-                    a = 1 + s * (SCALE + s * (0.5 * SCALE * SCALE))
-                    d_a = dot(now, tl.trans(g), PRECISION) + delta[None, :]
-                    d_s = d_a * (SCALE + SCALE * SCALE * s)
-                    if query < first + BK:
-                        causal = index[:, None] <= token[None, :]
-                        a, d_s = tl.where(causal, a, 0.0), tl.where(causal, d_s, 0.0)
-                    d_v = dot_add(a.to(DTYPE), g, d_v, PRECISION)
-                    d_k = dot_add(d_s.to(DTYPE), q, d_k, PRECISION)
-                if inside | HAS_STATE:
-                    x, rolled, terms = mix(k, matrix, KP, PRECISION)
-                    d_k += terms + vector[None, :]
-                    d_k += through_rest(now, rolled, 1.0, rest, KP, PRECISION)
-                    d_v += constant[None, :]
-                    d_v = add_rest(x, rolled, 1.0, rest, d_v, KP, PRECISION)
-                    second = dot(k, selector, PRECISION)
-                    d_v = dot_add(times_first(x, second, KP).to(DTYPE), rows, d_v, PRECISION)
-                    d_phi = dot(now, tl.trans(rows), PRECISION)
-                    d_k += through_diagonals(x, second, d_phi, selector, KP, PRECISION)
-                    if TILES > 1:
-                        second = dot(k, selector1, PRECISION)
-                        d_v = dot_add(times_first(x, second, KP).to(DTYPE), rows1, d_v, PRECISION)
-                        d_phi = dot(now, tl.trans(rows1), PRECISION)
-                        d_k += through_diagonals(x, second, d_phi, selector1, KP, PRECISION)
-                    for tile in range(2, TILES):
-                        other = load_diagonals(
-                            state, inside, HAS_STATE, tile, value, K, KP, V, BF, DTYPE
-                        )
-                        others = diagonal_selector(tile, K, KP, BF, False).to(DTYPE)
-                        second = dot(k, others, PRECISION)
-                        d_v = dot_add(times_first(x, second, KP).to(DTYPE), other, d_v, PRECISION)
-                        d_phi = dot(now, tl.trans(other), PRECISION)
-                        d_k += through_diagonals(x, second, d_phi, others, KP, PRECISION)
-                tl.store(
-                    d_k_ptr + index[:, None] * H * K + feature[None, :],
-                    d_k.to(d_k_ptr.dtype.element_ty),
-                    mask=real[:, None] & (feature < K)[None, :],
-                )
-                tl.store(
-                    d_v_ptr + index[:, None] * H * V + value[None, :],
-                    d_v.to(d_v_ptr.dtype.element_ty),
-                    mask=real[:, None] & (value < V)[None, :],
-                )
+            # Loads are under way while what was loaded before is used: the state comes first.
+            q = load_tile(q_ptr, index, q_stride_t, feature, real, K).to(DTYPE)
+            g = load_tile(g_ptr, index, H * V, value, real, V)
+            delta = tl.load(delta_ptr + index, mask=real, other=0.0)
+            k, v = k_next.to(DTYPE), v_next.to(DTYPE)
+            d_k = tl.zeros([BK, KP], tl.float32)
+            d_v = tl.zeros([BK, BV], tl.float32)
+            if inside | HAS_STATE:
+                x, rolled, terms = mix(k, matrix, KP, PRECISION)
+                d_k = terms + vector[None, :]
+                d_k += through_rest(v, rolled, 1.0, rest, KP, PRECISION)
+                d_v += constant[None, :]
+                d_v = add_rest(x, rolled, 1.0, rest, d_v, KP, PRECISION)
+                second = dot(k, selector, PRECISION)
+                d_v = dot_add(times_first(x, second, KP).to(DTYPE), rows, d_v, PRECISION)
+                d_phi = dot(v, tl.trans(rows), PRECISION)
+                d_k += through_diagonals(x, second, d_phi, selector, KP, PRECISION)
+                if TILES > 1:
+                    second = dot(k, selector1, PRECISION)
+                    d_v = dot_add(times_first(x, second, KP).to(DTYPE), rows1, d_v, PRECISION)
+                    d_phi = dot(v, tl.trans(rows1), PRECISION)
+                    d_k += through_diagonals(x, second, d_phi, selector1, KP, PRECISION)
+                for tile in range(2, TILES):
+                    other = load_diagonals(
+                        state, inside, HAS_STATE, tile, value, K, KP, V, BF, DTYPE
+                    )
+                    others = diagonal_selector(tile, K, KP, BF, False).to(DTYPE)
+                    second = dot(k, others, PRECISION)
+                    d_v = dot_add(times_first(x, second, KP).to(DTYPE), other, d_v, PRECISION)
+                    d_phi = dot(v, tl.trans(other), PRECISION)
+                    d_k += through_diagonals(x, second, d_phi, others, KP, PRECISION)
+            after = index + BK
+            k_next = load_tile(k_ptr, after, k_stride_t, feature, after < length, K)
+            v_next = load_tile(v_ptr, after, v_stride_t, value, after < length, V)
+            causal = index[:, None] <= index[None, :]
+            s = dot(k, tl.trans(q), PRECISION)
+            a = tl.where(causal, 1 + s * (SCALE + s * (0.5 * SCALE * SCALE)), 0.0)
+            d_v = dot_add(a.to(DTYPE), g, d_v, PRECISION)
+            d_a = dot(v, tl.trans(g), PRECISION) + delta[None, :]
+            d_s = tl.where(causal, d_a * (SCALE + SCALE * SCALE * s), 0.0)
+            d_k = dot_add(d_s.to(DTYPE), q, d_k, PRECISION)
+            # Past the end q, g and delta are 0, and so is what they add.
+            for query in range(first + BK, length, BQ):
+                token = query + tl.arange(0, BQ)
+                known = token < length
+                later = load_tile(q_ptr, token, q_stride_t, feature, known, K).to(DTYPE)
+                its_g = load_tile(g_ptr, token, H * V, value, known, V)
+                its_delta = tl.load(delta_ptr + token, mask=known, other=0.0)
+                s = dot(k, tl.trans(later), PRECISION)
+                a = 1 + s * (SCALE + s * (0.5 * SCALE * SCALE))
+                d_v = dot_add(a.to(DTYPE), its_g, d_v, PRECISION)
+                d_a = dot(v, tl.trans(its_g), PRECISION) + its_delta[None, :]
+                d_s = d_a * (SCALE + SCALE * SCALE * s)
+                d_k = dot_add(d_s.to(DTYPE), later, d_k, PRECISION)
+            tl.store(
+                d_k_ptr + index[:, None] * H * K + feature[None, :],
+                d_k.to(d_k_ptr.dtype.element_ty),
+                mask=real[:, None] & (feature < K)[None, :],
+            )
+            tl.store(
+                d_v_ptr + index[:, None] * H * V + value[None, :],
+                d_v.to(d_v_ptr.dtype.element_ty),
+                mask=real[:, None] & (value < V)[None, :],
+            )

@@ -48,9 +48,6 @@ def attend(
     BF: tl.constexpr,
     BV: tl.constexpr,
     BQ: tl.constexpr,
-    LENGTH: tl.constexpr,
-    EARLY: tl.constexpr,
-    BK: tl.constexpr,
     SCALE: tl.constexpr,
     PRECISION: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -76,9 +73,7 @@ def attend(
         state = state_of(state, segment, strip, head, H, F, V)
 
         local = tl.arange(0, BQ)
-        q, k, v = load_three(
-            q_ptr, k_ptr, v_ptr, q_stride_t, k_stride_t, v_stride_t, local, feature, value, length, K, V
-        )
+        q_next = load_tile(q_ptr, local, q_stride_t, feature, local < length, K)
         rows = load_diagonals(state, inside, HAS_STATE, 0, value, K, KP, V, BF, DTYPE)
         selector = diagonal_selector(0, K, KP, BF, True).to(DTYPE)
         if TILES > 1:
@@ -93,47 +88,41 @@ def attend(
         for first in range(0, length, BQ):
             token = first + local
             real = token < length
-            # The next tile's loads are under way while this one is computed.
-            now, k_now, v_now = q.to(DTYPE), k.to(DTYPE), v.to(DTYPE)
-            q, k, v = load_three(
-                q_ptr, k_ptr, v_ptr, q_stride_t, k_stride_t, v_stride_t, token + BQ, feature, value, length, K, V
-            )
-            a = scores(now, k_now, token, token, True, SCALE, PRECISION)
-            below = tl.sum(a, 1)
-            acc = dot(a.to(DTYPE), v_now, PRECISION)
-            if EARLY:
-                k_next = load_tile(k_ptr, local, k_stride_t, feature, local < first, K)
-                v_next = load_tile(v_ptr, local, v_stride_t, value, local < first, V)
+            q = q_next.to(DTYPE)
+            # Loads are under way while what was loaded before is used: the state comes first.
+            k = load_tile(k_ptr, token, k_stride_t, feature, real, K).to(DTYPE)
+            v = load_tile(v_ptr, token, v_stride_t, value, real, V).to(DTYPE)
+            after = token + BQ
+            q_next = load_tile(q_ptr, after, q_stride_t, feature, after < length, K)
+            acc = tl.zeros([BQ, BV], tl.float32)
+            below = tl.zeros([BQ], tl.float32)
             if inside | HAS_STATE:
-                x, rolled, terms = mix(now, matrix, KP, PRECISION)
-                below += tl.sum(x * (0.5 * terms + vector[None, :]), 1) + count
+                x, rolled, terms = mix(q, matrix, KP, PRECISION)
+                below = tl.sum(x * (0.5 * terms + vector[None, :]), 1) + count
                 acc += constant[None, :]
                 acc = add_rest(x, rolled, SCALE, rest, acc, KP, PRECISION)
-                phi = times_first(x, dot(now, selector, PRECISION), KP).to(DTYPE)
+                phi = times_first(x, dot(q, selector, PRECISION), KP).to(DTYPE)
                 acc = dot_add(phi, rows, acc, PRECISION)
                 if TILES > 1:
-                    phi = times_first(x, dot(now, selector1, PRECISION), KP).to(DTYPE)
+                    phi = times_first(x, dot(q, selector1, PRECISION), KP).to(DTYPE)
                     acc = dot_add(phi, rows1, acc, PRECISION)
                 for tile in range(2, TILES):
                     other = load_diagonals(
                         state, inside, HAS_STATE, tile, value, K, KP, V, BF, DTYPE
                     )
                     others = diagonal_selector(tile, K, KP, BF, True).to(DTYPE)
-                    phi = times_first(x, dot(now, others, PRECISION), KP).to(DTYPE)
+                    phi = times_first(x, dot(q, others, PRECISION), KP).to(DTYPE)
                     acc = dot_add(phi, other, acc, PRECISION)
+            a = scores(q, k, token, token, True, SCALE, PRECISION)
+            below += tl.sum(a, 1)
+            acc = dot_add(a.to(DTYPE), v, acc, PRECISION)
             for key in range(0, first, BQ):
-                if EARLY:
-                    k_now, v_now = k_next.to(DTYPE), v_next.to(DTYPE)
-                    index = key + BQ + local
-                    k_next = load_tile(k_ptr, index, k_stride_t, feature, index < first, K)
-                    v_next = load_tile(v_ptr, index, v_stride_t, value, index < first, V)
-                else:
-                    index = key + local
-                    k_now = load_tile(k_ptr, index, k_stride_t, feature, index < length, K).to(DTYPE)
-                    v_now = load_tile(v_ptr, index, v_stride_t, value, index < length, V).to(DTYPE)
-                a = scores(now, k_now, token, token, False, SCALE, PRECISION)
+                index = key + local
+                k = load_tile(k_ptr, index, k_stride_t, feature, index < length, K).to(DTYPE)
+                v = load_tile(v_ptr, index, v_stride_t, value, index < length, V).to(DTYPE)
+                a = scores(q, k, token, index, False, SCALE, PRECISION)
                 below += tl.sum(a, 1)
-                acc = dot_add(a.to(DTYPE), v_now, acc, PRECISION)
+                acc = dot_add(a.to(DTYPE), v, acc, PRECISION)
             inverse = 1 / below
             tl.store(
                 out_ptr + token[:, None] * H * V + value[None, :],
@@ -142,18 +131,6 @@ def attend(
             )
             if v_tile == 0:
                 tl.store(inverse_ptr + token, inverse, mask=real)
-
-
-@triton.jit
-def load_three(
-    q_ptr, k_ptr, v_ptr, q_stride, k_stride, v_stride, token, feature, value, length, K: tl.constexpr, V: tl.constexpr
-):
-    real = token < length
-    return (
-        load_tile(q_ptr, token, q_stride, feature, real, K),
-        load_tile(k_ptr, token, k_stride, feature, real, K),
-        load_tile(v_ptr, token, v_stride, value, real, V),
-    )
 
 
 @triton.jit

@@ -3,13 +3,14 @@
     python -m benchmarks.kernels
     python -m benchmarks.kernels gated_short_convolution rotary
 
-Times are medians of replayed CUDA graphs (`benchmarks/timing.py`), in bfloat16, normaliser and final state included for
-ours. Each is a row of results/kernels.jsonl as soon as it is made; a row that this device
-has at this commit is not measured again. Softmax attention (FlashAttention-2 and cuDNN,
-through torch) has the same batch, heads, tokens and head_dim; flash-linear-attention's
-Based kernels run if `fla` is installed. The floor is the larger of two times: all inputs,
-outputs and gradients moved once at this GPU's copy rate, and the flops of an ideal pass
-(for Taylor linear attention a chunked one) at its matrix-product rate.
+Times are medians of replayed CUDA graphs (`timing.py`), in bfloat16, normaliser and final
+state included for ours. Each is a row of results/kernels.jsonl as soon as it is made; a row
+that this device has at this commit is not measured again. Softmax attention
+(FlashAttention-2 and cuDNN, through torch) has the same batch, heads, tokens and head_dim;
+flash-linear-attention's Based kernels run if `fla` is installed. The floor is the larger of
+two times: all inputs, outputs and gradients moved once at this GPU's copy rate, and the
+flops of an ideal pass (for Taylor linear attention a chunked one) at its matrix-product
+rate.
 """
 
 from __future__ import annotations
@@ -44,10 +45,9 @@ TAYLOR = (
     *(Case(65536 // tokens, 16, tokens, 64) for tokens in (512, 2048, 8192, 32768)),
     Case(1, 16, 1 << 20, 64),
 )
-WINDOWS = tuple(
-    (Case(16, 16, 4096, head_dim), window)
-    for head_dim, windows in ((64, (65, 129, 513, 2049)), (112, (65, 129, 513, 2049)), (128, (129,)))
-    for window in windows
+WINDOWS = (
+    *((Case(16, 16, 4096, head_dim), w) for head_dim in (64, 112) for w in (65, 129, 513, 2049)),
+    (Case(16, 16, 4096, 128), 129),
 )
 
 

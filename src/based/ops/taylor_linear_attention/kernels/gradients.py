@@ -16,7 +16,6 @@ from based.ops.taylor_linear_attention.kernels.reading import (
     load_numerator,
     load_rest,
     load_tile,
-    load_tiles,
     mix,
     segment_of,
     state_of,
@@ -62,8 +61,6 @@ def query_gradients(
     BV: tl.constexpr,
     BQ: tl.constexpr,
     BK: tl.constexpr,
-    LENGTH: tl.constexpr,
-    KEEP: tl.constexpr,  # whether a segment's values stay on chip
     SCALE: tl.constexpr,
     PRECISION: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -142,22 +139,29 @@ def query_gradients(
             d_next = load_tile(d_out_ptr, after, d_stride_t, value, after < length, V)
             o_next = load_tile(out_ptr, after, H * V, value, after < length, V)
             i_next = tl.load(inverse_ptr + after, mask=after < length, other=0.0)
-            d_a = dot(g, tl.trans(v), PRECISION) + delta[:, None]
-            d_s = d_a * (SCALE + SCALE * SCALE * dot(q, tl.trans(k), PRECISION))
-            d_s = tl.where(token[None, :] <= token[:, None], d_s, 0.0)
-            d_q = dot_add(d_s.to(DTYPE), k, d_q, PRECISION)
+            d_q = query_pairs(d_q, q, g, delta, k, v, token, token, True, SCALE, PRECISION)
             for key in range(0, first, BK):
                 index = key + tl.arange(0, BK)
-                earlier = load_tile(k_ptr, index, k_stride_t, feature, index < length, K).to(DTYPE)
-                its_v = load_tile(v_ptr, index, v_stride_t, value, index < length, V).to(DTYPE)
-                d_a = dot(g, tl.trans(its_v), PRECISION) + delta[:, None]
-                d_s = d_a * (SCALE + SCALE * SCALE * dot(q, tl.trans(earlier), PRECISION))
-                d_q = dot_add(d_s.to(DTYPE), earlier, d_q, PRECISION)
+                k_past = load_tile(k_ptr, index, k_stride_t, feature, index < length, K).to(DTYPE)
+                v_past = load_tile(v_ptr, index, v_stride_t, value, index < length, V).to(DTYPE)
+                d_q = query_pairs(
+                    d_q, q, g, delta, k_past, v_past, token, index, False, SCALE, PRECISION
+                )
             tl.store(
                 d_q_ptr + token[:, None] * H * K + feature[None, :],
                 d_q.to(d_q_ptr.dtype.element_ty),
                 mask=real[:, None] & (feature < K)[None, :],
             )
+
+
+@triton.jit
+def query_pairs(d_q, q, g, delta, k, v, token, index, CAUSAL: tl.constexpr, SCALE, PRECISION):
+    """d_q and what pairs of queries `token` and keys `index` add; a later key adds nothing."""
+    d_a = dot(g, tl.trans(v), PRECISION) + delta[:, None]
+    d_s = d_a * (SCALE + SCALE * SCALE * dot(q, tl.trans(k), PRECISION))
+    if CAUSAL:
+        d_s = tl.where(index[None, :] <= token[:, None], d_s, 0.0)
+    return dot_add(d_s.to(k.dtype), k, d_q, PRECISION)
 
 
 @triton.jit
@@ -191,7 +195,6 @@ def key_gradients(
     BV: tl.constexpr,
     BQ: tl.constexpr,
     BK: tl.constexpr,
-    LENGTH: tl.constexpr,
     SCALE: tl.constexpr,
     PRECISION: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -263,26 +266,28 @@ def key_gradients(
             after = index + BK
             k_next = load_tile(k_ptr, after, k_stride_t, feature, after < length, K)
             v_next = load_tile(v_ptr, after, v_stride_t, value, after < length, V)
-            causal = index[:, None] <= index[None, :]
-            s = dot(k, tl.trans(q), PRECISION)
-            a = tl.where(causal, 1 + s * (SCALE + s * (0.5 * SCALE * SCALE)), 0.0)
-            d_v = dot_add(a.to(DTYPE), g, d_v, PRECISION)
-            d_a = dot(v, tl.trans(g), PRECISION) + delta[None, :]
-            d_s = tl.where(causal, d_a * (SCALE + SCALE * SCALE * s), 0.0)
-            d_k = dot_add(d_s.to(DTYPE), q, d_k, PRECISION)
+            d_k, d_v = key_pairs(d_k, d_v, k, v, q, g, delta, index, index, True, SCALE, PRECISION)
             # Past the end q, g and delta are 0, and so is what they add.
             for query in range(first + BK, length, BQ):
                 token = query + tl.arange(0, BQ)
                 known = token < length
-                later = load_tile(q_ptr, token, q_stride_t, feature, known, K).to(DTYPE)
-                its_g = load_tile(g_ptr, token, H * V, value, known, V)
-                its_delta = tl.load(delta_ptr + token, mask=known, other=0.0)
-                s = dot(k, tl.trans(later), PRECISION)
-                a = 1 + s * (SCALE + s * (0.5 * SCALE * SCALE))
-                d_v = dot_add(a.to(DTYPE), its_g, d_v, PRECISION)
-                d_a = dot(v, tl.trans(its_g), PRECISION) + its_delta[None, :]
-                d_s = d_a * (SCALE + SCALE * SCALE * s)
-                d_k = dot_add(d_s.to(DTYPE), later, d_k, PRECISION)
+                q_later = load_tile(q_ptr, token, q_stride_t, feature, known, K).to(DTYPE)
+                g_later = load_tile(g_ptr, token, H * V, value, known, V)
+                delta_later = tl.load(delta_ptr + token, mask=known, other=0.0)
+                d_k, d_v = key_pairs(
+                    d_k,
+                    d_v,
+                    k,
+                    v,
+                    q_later,
+                    g_later,
+                    delta_later,
+                    token,
+                    index,
+                    False,
+                    SCALE,
+                    PRECISION,
+                )
             tl.store(
                 d_k_ptr + index[:, None] * H * K + feature[None, :],
                 d_k.to(d_k_ptr.dtype.element_ty),
@@ -293,3 +298,16 @@ def key_gradients(
                 d_v.to(d_v_ptr.dtype.element_ty),
                 mask=real[:, None] & (value < V)[None, :],
             )
+
+
+@triton.jit
+def key_pairs(d_k, d_v, k, v, q, g, delta, token, index, CAUSAL: tl.constexpr, SCALE, PRECISION):
+    """d_k, d_v and what pairs of keys `index` and queries `token` add."""
+    s = dot(k, tl.trans(q), PRECISION)
+    a = 1 + s * (SCALE + s * (0.5 * SCALE * SCALE))
+    d_s = (dot(v, tl.trans(g), PRECISION) + delta[None, :]) * (SCALE + SCALE * SCALE * s)
+    if CAUSAL:
+        causal = index[:, None] <= token[None, :]
+        a, d_s = tl.where(causal, a, 0.0), tl.where(causal, d_s, 0.0)
+    d_v = dot_add(a.to(g.dtype), g, d_v, PRECISION)
+    return dot_add(d_s.to(q.dtype), q, d_k, PRECISION), d_v

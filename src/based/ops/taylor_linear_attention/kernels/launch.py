@@ -14,6 +14,8 @@ from based.ops.taylor_linear_attention.kernels.outputs import attend
 from based.ops.taylor_linear_attention.kernels.segments import Segments, divide, divide_evenly
 from based.ops.taylor_linear_attention.kernels.states import carry_states, sum_states
 
+# Tokens of a segment.
+LENGTH = 256
 # Enough programs to fill the largest GPUs, where one walks a strip of segments.
 PROGRAMS = 256
 
@@ -31,9 +33,8 @@ class States(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """Tokens of a segment, and tiles, warps and stages of each kernel; few, and each is tested."""
+    """Tiles, warps and stages of each kernel; few, and each one is tested."""
 
-    length: int
     states: dict[str, int]
     attend: dict[str, int]
     query_gradients: dict[str, int]
@@ -44,26 +45,19 @@ def _tiles(K: int, V: int, wide: bool) -> Tiles:
     """docs/kernels.md says what each choice costs in registers and shared memory."""
     one = {"BV": 128, "num_warps": 4, "num_stages": 1}
     if wide or V > 128:
-        # float32 operands, or heads twice as wide, fill the shared memory sooner.
-        small = {"BF": 32, "BQ": 32, **one}
-        gradients = {**small, "BK": 32, "BV": 256}
-        states = {"BF": 64, "C": 32, **one}
-        return Tiles(128, states, small, {**gradients, "KEEP": False}, gradients)
-    states = {"BF": 128, "C": 64, **one, "num_stages": 3}
+        # float32 operands, or heads twice as wide, fill shared memory and registers sooner.
+        attend = {"BF": 32, "BQ": 32, **one}
+        gradients = {"BF": 32, "BQ": 64, "BK": 64, "BV": 256, "num_warps": 8, "num_stages": 1}
+        if wide:
+            gradients |= {"BF": 16 if K <= 16 else 32, "BQ": 16, "BK": 16, "num_warps": 4}
+        return Tiles({"BF": 64, "C": 32, **one}, attend, gradients, gradients)
+    states = {"BF": 128, "C": 64, **one}
+    if K <= 16:
+        # With several tiles the loop is conditional, and Triton 3.6 pipelines that wrongly.
+        states = {**states, "num_stages": 3, "num_warps": 4 if V <= 64 else 8}
     attend = {"BF": 64, "BQ": 64, **one}
-    square = {**attend, "BK": 64}
-    if K > 16:
-        # Several tiles make the loop conditional, and Triton 3.6 pipelines that wrongly.
-        states = {**states, "num_stages": 1}
-    elif V > 64:
-        states = {**states, "num_warps": 8}
-    if V <= 64:
-        # Three programs a multiprocessor.
-        attend["maxnreg"] = 168
-        return Tiles(256, states, attend, {**square, "KEEP": True}, square)
-    # A segment's tiles fill half the shared memory: twice the warps in a program.
-    keys = {**square, "BQ": 128, "BK": 128, "num_warps": 8}
-    return Tiles(256, states, attend, {**square, "BF": 32, "KEEP": False}, keys)
+    gradients = {**attend, "BK": 64}
+    return Tiles(states, attend, gradients, gradients)
 
 
 class Shape(NamedTuple):
@@ -106,24 +100,22 @@ class Shape(NamedTuple):
         return tl.float32 if self.dtype == torch.float32 else tl.bfloat16
 
 
-def counts(q: Tensor, length: int, cu_seqlens: Tensor | None) -> tuple[int, int, int]:
+def counts(q: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int, int]:
     """Segments (at most), strips (at most), and segments of a strip."""
     B, T, H, _ = q.shape
-    per_strip = max(1, B * T * H // (length * PROGRAMS))
+    per_strip = max(1, B * T * H // (LENGTH * PROGRAMS))
     if cu_seqlens is None:
-        return B * -(-T // length), B * -(-T // (length * per_strip)), per_strip
+        return B * -(-T // LENGTH), B * -(-T // (LENGTH * per_strip)), per_strip
     N = len(cu_seqlens) - 1
-    return T // length + N, T // (length * per_strip) + N, per_strip
+    return T // LENGTH + N, T // (LENGTH * per_strip) + N, per_strip
 
 
-def segments_of(
-    q: Float[Tensor, "B T H K"], length: int, cu_seqlens: Int[Tensor, " E"] | None
-) -> Segments:
+def segments_of(q: Float[Tensor, "B T H K"], cu_seqlens: Int[Tensor, " E"] | None) -> Segments:
     """The batch's tables; strips are as long as leaves enough of them."""
-    num_segments, num_strips, per_strip = counts(q, length, cu_seqlens)
+    num_segments, num_strips, per_strip = counts(q, cu_seqlens)
     if cu_seqlens is None:
-        return divide_evenly(q.shape[0], q.shape[1], length, per_strip, q.device)
-    return divide(cu_seqlens, num_segments, num_strips, length, per_strip)
+        return divide_evenly(q.shape[0], q.shape[1], LENGTH, per_strip, q.device)
+    return divide(cu_seqlens, num_segments, num_strips, LENGTH, per_strip)
 
 
 def run_states(
@@ -161,7 +153,7 @@ def run_states(
         x.shape[1],
         H,
         QUERIES=delta is not None,
-        LENGTH=shape.tiles.length,
+        LENGTH=LENGTH,
         **constants,
     )
     if beyond[0] is None and not segments.carried:
@@ -212,14 +204,13 @@ def forward(
 
     The final state has no elements if it is not wanted and not needed.
     """
-    shape = Shape.of(q, v)
-    segments = segments_of(q, shape.tiles.length, cu_seqlens)
+    shape, segments = Shape.of(q, v), segments_of(q, cu_seqlens)
     out = v.new_empty(v.shape)
     inverse = q.new_empty((q.shape[2], q.shape[0] * q.shape[1]), dtype=torch.float32)
     states = States(q.new_empty(0, dtype=shape.dtype), *nothing(q, 3))
     final, final_normaliser = nothing(q, 2)
     q, k, v = flat(q), flat(k), flat(v)
-    if want_state or numerator is not None or q.shape[1] > shape.tiles.length * out.shape[0]:
+    if want_state or numerator is not None or q.shape[1] > LENGTH * out.shape[0]:
         beyond = (numerator, denominator)
         states, final, final_normaliser = run_states(shape, segments, k, v, beyond)
     constants = shape.constants(shape.tiles.attend)
@@ -254,8 +245,7 @@ def backward(
     d_denominator: Float[Tensor, "N H F"] | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and of the initial state (without elements if there was none)."""
-    shape = Shape.of(q, v)
-    segments = segments_of(q, shape.tiles.length, cu_seqlens)
+    shape, segments = Shape.of(q, v), segments_of(q, cu_seqlens)
     d_q, d_k, d_v = (x.new_empty(x.shape) for x in (q, k, v))
     delta = torch.empty_like(inverse)
     q, k, v, d_out = flat(q), flat(k), flat(v), flat(d_out)
@@ -280,7 +270,6 @@ def backward(
         H,
         HAS_STATE=states.strip_numerator.numel() > 0,
         DTYPE=shape.products,
-        LENGTH=shape.tiles.length,
         **shape.constants(shape.tiles.query_gradients),
     )
     after = States(q.new_empty(0, dtype=shape.dtype), *nothing(q, 3))
@@ -304,7 +293,6 @@ def backward(
         H,
         HAS_STATE=after.strip_numerator.numel() > 0,
         DTYPE=shape.products,
-        LENGTH=shape.tiles.length,
         **shape.constants(shape.tiles.key_gradients),
     )
     return d_q, d_k, d_v, d_initial, d_initial_normaliser

@@ -47,19 +47,6 @@ def load_tile(ptr, row, stride, column, real, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def load_tiles(
-    ptr, stride, local, column, length, COLUMNS: tl.constexpr, LENGTH: tl.constexpr, dtype
-):
-    """All tiles of a segment, a tuple of [rows, columns]: every load is under way at once."""
-    ROWS: tl.constexpr = local.shape[0]
-    tiles = ()
-    for first in tl.static_range(0, LENGTH, ROWS):
-        row = first + local
-        tiles += (load_tile(ptr, row, stride, column, row < length, COLUMNS).to(dtype),)
-    return tiles
-
-
-@triton.jit
 def load_numerator(pointers, in_segment, in_strip, place, mask):
     """Entries of a numerator, float32."""
     entries = tl.load(pointers[0] + place, mask=mask & in_segment, other=0.0).to(tl.float32)

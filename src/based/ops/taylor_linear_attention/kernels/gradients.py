@@ -18,6 +18,7 @@ from based.ops.taylor_linear_attention.kernels.reading import (
     load_tile,
     mix,
     segment_of,
+    state_first,
     state_of,
     through_diagonals,
     through_rest,
@@ -67,6 +68,7 @@ def query_gradients(
 ):
     """d_q, [T, H, K], and g and delta for the kernels after it. Grid: segments x heads."""
     TILES: tl.constexpr = (K // 2 * KP + BF - 1) // BF
+    STATE_FIRST: tl.constexpr = state_first(K)
     segment, head, begin, length, strip = segment_of(segments_ptr, H)
     inside = tl.load(segments_ptr + segment * 6 + 4) > 0
     if length > 0:
@@ -85,10 +87,11 @@ def query_gradients(
         state = state_of(state, segment, strip, head, H, F, V)
 
         local = tl.arange(0, BQ)
-        q_next = load_tile(q_ptr, local, q_stride_t, feature, local < length, K)
-        d_next = load_tile(d_out_ptr, local, d_stride_t, value, local < length, V)
-        o_next = load_tile(out_ptr, local, H * V, value, local < length, V)
-        i_next = tl.load(inverse_ptr + local, mask=local < length, other=0.0)
+        if STATE_FIRST:
+            q_next = load_tile(q_ptr, local, q_stride_t, feature, local < length, K)
+            d_next = load_tile(d_out_ptr, local, d_stride_t, value, local < length, V)
+            o_next = load_tile(out_ptr, local, H * V, value, local < length, V)
+            i_next = tl.load(inverse_ptr + local, mask=local < length, other=0.0)
         rows = load_diagonals(state, inside, HAS_STATE, 0, value, K, KP, V, BF, DTYPE)
         selector = diagonal_selector(0, K, KP, BF, True).to(DTYPE)
         if TILES > 1:
@@ -101,9 +104,14 @@ def query_gradients(
         for first in range(0, length, BQ):
             token = first + local
             real = token < length
-            # Loads are under way while what was loaded before is used: the state comes first.
-            k = load_tile(k_ptr, token, k_stride_t, feature, real, K).to(DTYPE)
-            v = load_tile(v_ptr, token, v_stride_t, value, real, V).to(DTYPE)
+            if not STATE_FIRST:
+                q_next = load_tile(q_ptr, token, q_stride_t, feature, real, K)
+                d_next = load_tile(d_out_ptr, token, d_stride_t, value, real, V)
+                o_next = load_tile(out_ptr, token, H * V, value, real, V)
+                i_next = tl.load(inverse_ptr + token, mask=real, other=0.0)
+            else:
+                k = load_tile(k_ptr, token, k_stride_t, feature, real, K).to(DTYPE)
+                v = load_tile(v_ptr, token, v_stride_t, value, real, V).to(DTYPE)
             q = q_next.to(DTYPE)
             g = (d_next.to(tl.float32) * i_next[:, None]).to(DTYPE)
             # Of g as it was rounded: what v has in common cancels in g . (v - out).
@@ -115,9 +123,13 @@ def query_gradients(
                 mask=real[:, None] & (value < V)[None, :],
             )
             d_q = tl.zeros([BQ, KP], tl.float32)
+            if not STATE_FIRST:
+                k = load_tile(k_ptr, token, k_stride_t, feature, real, K).to(DTYPE)
+                v = load_tile(v_ptr, token, v_stride_t, value, real, V).to(DTYPE)
+                d_q = query_pairs(d_q, q, g, delta, k, v, token, token, True, SCALE, PRECISION)
             if inside | HAS_STATE:
                 x, rolled, terms = mix(q, matrix, KP, PRECISION)
-                d_q = delta[:, None] * (terms + vector[None, :])
+                d_q += delta[:, None] * (terms + vector[None, :])
                 d_q += through_rest(g, rolled, SCALE, rest, KP, PRECISION)
                 second = dot(q, selector, PRECISION)
                 d_phi = dot(g, tl.trans(rows), PRECISION)
@@ -134,12 +146,13 @@ def query_gradients(
                     second = dot(q, others, PRECISION)
                     d_phi = dot(g, tl.trans(other), PRECISION)
                     d_q += through_diagonals(x, second, d_phi, others, KP, PRECISION)
-            after = token + BQ
-            q_next = load_tile(q_ptr, after, q_stride_t, feature, after < length, K)
-            d_next = load_tile(d_out_ptr, after, d_stride_t, value, after < length, V)
-            o_next = load_tile(out_ptr, after, H * V, value, after < length, V)
-            i_next = tl.load(inverse_ptr + after, mask=after < length, other=0.0)
-            d_q = query_pairs(d_q, q, g, delta, k, v, token, token, True, SCALE, PRECISION)
+            if STATE_FIRST:
+                after = token + BQ
+                q_next = load_tile(q_ptr, after, q_stride_t, feature, after < length, K)
+                d_next = load_tile(d_out_ptr, after, d_stride_t, value, after < length, V)
+                o_next = load_tile(out_ptr, after, H * V, value, after < length, V)
+                i_next = tl.load(inverse_ptr + after, mask=after < length, other=0.0)
+                d_q = query_pairs(d_q, q, g, delta, k, v, token, token, True, SCALE, PRECISION)
             for key in range(0, first, BK):
                 index = key + tl.arange(0, BK)
                 k_past = load_tile(k_ptr, index, k_stride_t, feature, index < length, K).to(DTYPE)
@@ -201,6 +214,7 @@ def key_gradients(
 ):
     """d_k, [T, H, K], and d_v, [T, H, V]. Grid: segments x heads."""
     TILES: tl.constexpr = (K // 2 * KP + BF - 1) // BF
+    STATE_FIRST: tl.constexpr = state_first(K)
     segment, head, begin, length, strip = segment_of(segments_ptr, H)
     inside = tl.load(segments_ptr + segment * 6 + 5) == 0
     if length > 0:
@@ -217,8 +231,9 @@ def key_gradients(
         state = state_of(state, segment, strip, head, H, F, V)
 
         local = tl.arange(0, BK)
-        k_next = load_tile(k_ptr, local, k_stride_t, feature, local < length, K)
-        v_next = load_tile(v_ptr, local, v_stride_t, value, local < length, V)
+        if STATE_FIRST:
+            k_next = load_tile(k_ptr, local, k_stride_t, feature, local < length, K)
+            v_next = load_tile(v_ptr, local, v_stride_t, value, local < length, V)
         rows = load_diagonals(state, inside, HAS_STATE, 0, value, K, KP, V, BF, DTYPE)
         selector = diagonal_selector(0, K, KP, BF, False).to(DTYPE)
         if TILES > 1:
@@ -232,16 +247,26 @@ def key_gradients(
         for first in range(0, length, BK):
             index = first + local
             real = index < length
-            # Loads are under way while what was loaded before is used: the state comes first.
-            q = load_tile(q_ptr, index, q_stride_t, feature, real, K).to(DTYPE)
-            g = load_tile(g_ptr, index, H * V, value, real, V)
-            delta = tl.load(delta_ptr + index, mask=real, other=0.0)
+            if not STATE_FIRST:
+                k_next = load_tile(k_ptr, index, k_stride_t, feature, real, K)
+                v_next = load_tile(v_ptr, index, v_stride_t, value, real, V)
+            else:
+                q = load_tile(q_ptr, index, q_stride_t, feature, real, K).to(DTYPE)
+                g = load_tile(g_ptr, index, H * V, value, real, V)
+                delta = tl.load(delta_ptr + index, mask=real, other=0.0)
             k, v = k_next.to(DTYPE), v_next.to(DTYPE)
             d_k = tl.zeros([BK, KP], tl.float32)
             d_v = tl.zeros([BK, BV], tl.float32)
+            if not STATE_FIRST:
+                q = load_tile(q_ptr, index, q_stride_t, feature, real, K).to(DTYPE)
+                g = load_tile(g_ptr, index, H * V, value, real, V)
+                delta = tl.load(delta_ptr + index, mask=real, other=0.0)
+                d_k, d_v = key_pairs(
+                    d_k, d_v, k, v, q, g, delta, index, index, True, SCALE, PRECISION, True
+                )
             if inside | HAS_STATE:
                 x, rolled, terms = mix(k, matrix, KP, PRECISION)
-                d_k = terms + vector[None, :]
+                d_k += terms + vector[None, :]
                 d_k += through_rest(v, rolled, 1.0, rest, KP, PRECISION)
                 d_v += constant[None, :]
                 d_v = add_rest(x, rolled, 1.0, rest, d_v, KP, PRECISION)
@@ -263,10 +288,13 @@ def key_gradients(
                     d_v = dot_add(times_first(x, second, KP).to(DTYPE), other, d_v, PRECISION)
                     d_phi = dot(v, tl.trans(other), PRECISION)
                     d_k += through_diagonals(x, second, d_phi, others, KP, PRECISION)
-            after = index + BK
-            k_next = load_tile(k_ptr, after, k_stride_t, feature, after < length, K)
-            v_next = load_tile(v_ptr, after, v_stride_t, value, after < length, V)
-            d_k, d_v = key_pairs(d_k, d_v, k, v, q, g, delta, index, index, True, SCALE, PRECISION)
+            if STATE_FIRST:
+                after = index + BK
+                k_next = load_tile(k_ptr, after, k_stride_t, feature, after < length, K)
+                v_next = load_tile(v_ptr, after, v_stride_t, value, after < length, V)
+                d_k, d_v = key_pairs(
+                    d_k, d_v, k, v, q, g, delta, index, index, True, SCALE, PRECISION, False
+                )
             # Past the end q, g and delta are 0, and so is what they add.
             for query in range(first + BK, length, BQ):
                 token = query + tl.arange(0, BQ)
@@ -287,6 +315,7 @@ def key_gradients(
                     False,
                     SCALE,
                     PRECISION,
+                    not STATE_FIRST,
                 )
             tl.store(
                 d_k_ptr + index[:, None] * H * K + feature[None, :],
@@ -301,13 +330,35 @@ def key_gradients(
 
 
 @triton.jit
-def key_pairs(d_k, d_v, k, v, q, g, delta, token, index, CAUSAL: tl.constexpr, SCALE, PRECISION):
+def key_pairs(
+    d_k,
+    d_v,
+    k,
+    v,
+    q,
+    g,
+    delta,
+    token,
+    index,
+    CAUSAL: tl.constexpr,
+    SCALE,
+    PRECISION,
+    VALUES_FIRST: tl.constexpr,  # the same sums; each order is the one that was tested on a GPU
+):
     """d_k, d_v and what pairs of keys `index` and queries `token` add."""
     s = dot(k, tl.trans(q), PRECISION)
+    causal = index[:, None] <= token[None, :]
     a = 1 + s * (SCALE + s * (0.5 * SCALE * SCALE))
-    d_s = (dot(v, tl.trans(g), PRECISION) + delta[None, :]) * (SCALE + SCALE * SCALE * s)
+    if VALUES_FIRST:
+        if CAUSAL:
+            a = tl.where(causal, a, 0.0)
+        d_v = dot_add(a.to(g.dtype), g, d_v, PRECISION)
+    d_a = dot(v, tl.trans(g), PRECISION) + delta[None, :]
+    d_s = d_a * (SCALE + SCALE * SCALE * s)
     if CAUSAL:
-        causal = index[:, None] <= token[None, :]
-        a, d_s = tl.where(causal, a, 0.0), tl.where(causal, d_s, 0.0)
-    d_v = dot_add(a.to(g.dtype), g, d_v, PRECISION)
+        d_s = tl.where(causal, d_s, 0.0)
+    if not VALUES_FIRST:
+        if CAUSAL:
+            a = tl.where(causal, a, 0.0)
+        d_v = dot_add(a.to(g.dtype), g, d_v, PRECISION)
     return dot_add(d_s.to(q.dtype), q, d_k, PRECISION), d_v

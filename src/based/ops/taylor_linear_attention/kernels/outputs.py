@@ -14,6 +14,7 @@ from based.ops.taylor_linear_attention.kernels.reading import (
     load_tile,
     mix,
     segment_of,
+    state_first,
     state_of,
     times_first,
 )
@@ -58,6 +59,7 @@ def attend(
     segment's queries.
     """
     TILES: tl.constexpr = (K // 2 * KP + BF - 1) // BF
+    STATE_FIRST: tl.constexpr = state_first(K)
     segment, head, begin, length, strip = segment_of(segments_ptr, H)
     inside = tl.load(segments_ptr + segment * 6 + 4) > 0
     if length > 0:
@@ -73,7 +75,8 @@ def attend(
         state = state_of(state, segment, strip, head, H, F, V)
 
         local = tl.arange(0, BQ)
-        q_next = load_tile(q_ptr, local, q_stride_t, feature, local < length, K)
+        if STATE_FIRST:
+            q_next = load_tile(q_ptr, local, q_stride_t, feature, local < length, K)
         rows = load_diagonals(state, inside, HAS_STATE, 0, value, K, KP, V, BF, DTYPE)
         selector = diagonal_selector(0, K, KP, BF, True).to(DTYPE)
         if TILES > 1:
@@ -88,17 +91,23 @@ def attend(
         for first in range(0, length, BQ):
             token = first + local
             real = token < length
-            q = q_next.to(DTYPE)
-            # Loads are under way while what was loaded before is used: the state comes first.
-            k = load_tile(k_ptr, token, k_stride_t, feature, real, K).to(DTYPE)
-            v = load_tile(v_ptr, token, v_stride_t, value, real, V).to(DTYPE)
-            after = token + BQ
-            q_next = load_tile(q_ptr, after, q_stride_t, feature, after < length, K)
+            if STATE_FIRST:
+                q = q_next.to(DTYPE)
+                k = load_tile(k_ptr, token, k_stride_t, feature, real, K).to(DTYPE)
+                v = load_tile(v_ptr, token, v_stride_t, value, real, V).to(DTYPE)
+                after = token + BQ
+                q_next = load_tile(q_ptr, after, q_stride_t, feature, after < length, K)
+            else:
+                q = load_tile(q_ptr, token, q_stride_t, feature, real, K).to(DTYPE)
             acc = tl.zeros([BQ, BV], tl.float32)
             below = tl.zeros([BQ], tl.float32)
+            if not STATE_FIRST:
+                k = load_tile(k_ptr, token, k_stride_t, feature, real, K).to(DTYPE)
+                v = load_tile(v_ptr, token, v_stride_t, value, real, V).to(DTYPE)
+                acc, below = add_pairs(acc, below, q, k, v, token, token, True, SCALE, PRECISION)
             if inside | HAS_STATE:
                 x, rolled, terms = mix(q, matrix, KP, PRECISION)
-                below = tl.sum(x * (0.5 * terms + vector[None, :]), 1) + count
+                below += tl.sum(x * (0.5 * terms + vector[None, :]), 1) + count
                 acc += constant[None, :]
                 acc = add_rest(x, rolled, SCALE, rest, acc, KP, PRECISION)
                 phi = times_first(x, dot(q, selector, PRECISION), KP).to(DTYPE)
@@ -113,16 +122,13 @@ def attend(
                     others = diagonal_selector(tile, K, KP, BF, True).to(DTYPE)
                     phi = times_first(x, dot(q, others, PRECISION), KP).to(DTYPE)
                     acc = dot_add(phi, other, acc, PRECISION)
-            a = scores(q, k, token, token, True, SCALE, PRECISION)
-            below += tl.sum(a, 1)
-            acc = dot_add(a.to(DTYPE), v, acc, PRECISION)
+            if STATE_FIRST:
+                acc, below = add_pairs(acc, below, q, k, v, token, token, True, SCALE, PRECISION)
             for key in range(0, first, BQ):
                 index = key + local
                 k = load_tile(k_ptr, index, k_stride_t, feature, index < length, K).to(DTYPE)
                 v = load_tile(v_ptr, index, v_stride_t, value, index < length, V).to(DTYPE)
-                a = scores(q, k, token, index, False, SCALE, PRECISION)
-                below += tl.sum(a, 1)
-                acc = dot_add(a.to(DTYPE), v, acc, PRECISION)
+                acc, below = add_pairs(acc, below, q, k, v, token, index, False, SCALE, PRECISION)
             inverse = 1 / below
             tl.store(
                 out_ptr + token[:, None] * H * V + value[None, :],
@@ -134,10 +140,11 @@ def attend(
 
 
 @triton.jit
-def scores(q, k, token, index, CAUSAL: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr):
-    """a = 1 + s + s^2/2 of queries `token` and keys `index`; 0 where the key is later."""
+def add_pairs(acc, below, q, k, v, token, index, CAUSAL: tl.constexpr, SCALE, PRECISION):
+    """acc and below with the pairs of queries `token` and keys `index`; no later keys."""
     s = dot(q, tl.trans(k), PRECISION)
     a = 1 + s * (SCALE + s * (0.5 * SCALE * SCALE))
     if CAUSAL:
         a = tl.where(index[None, :] <= token[:, None], a, 0.0)
-    return a
+    below += tl.sum(a, 1)
+    return dot_add(a.to(v.dtype), v, acc, PRECISION), below

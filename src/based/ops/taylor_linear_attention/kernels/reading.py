@@ -17,6 +17,16 @@ from based.ops.taylor_linear_attention.kernels.features import (
 from based.ops.tensor_core import dot, dot_add
 
 
+@triton.constexpr_function
+def state_first(K):
+    """Whether a tile's loads are hidden behind its products with the state, which come first.
+
+    Not where a state is many tiles: on sm_90 Triton 3.6 computes something else then, with
+    no warning (the tests of feature_dim 24 and 32 on a GPU show it).
+    """
+    return K <= 16
+
+
 @triton.jit
 def segment_of(segments_ptr, H):
     """This program's segment and head (heads beside each other), first token, length, strip."""

@@ -173,7 +173,8 @@ def store_state(
 ):
     """Writes one state in the layout of `features.py`."""
     dtype = numerator_ptr.dtype.element_ty
-    tile = opaque(tile)
+    if K <= 16:
+        tile = opaque(tile)
     place, exists = diagonal_places(tile, K, KP, diagonal.shape[0])
     tl.store(
         numerator_ptr + place[:, None] * V + value[None, :],

@@ -61,6 +61,8 @@ def taylor_cpu() -> str:
 
 def kernels() -> str:
     rows = [row for row in read_rows("kernels") if row["op"] == "taylor_linear_attention"]
+    # Lengths that a later commit has not measured yet are in the file, not in the table.
+    rows = [row for row in rows if row["commit"] == rows[0]["commit"]]
     names = ("based", "fla parallel", "fla fused_chunk", "FlashAttention-2", "cuDNN attention")
     times: dict[tuple, dict[str, float]] = {}
     for row in rows:
@@ -79,6 +81,21 @@ def kernels() -> str:
     return markdown(headings, body) + "\n\n" + measured_on(rows[0])
 
 
+def prefill() -> str:
+    rows = sorted(read_rows("prefill"), key=lambda row: (row["model"], row["length"]))
+    body = [
+        [
+            row["model"],
+            f"{row['batch']} x {row['length']:,}",
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['floor_with_moves_ms'] / row['milliseconds']:.0%}",
+        ]
+        for row in rows
+    ]
+    headings = ["model", "prompts", "tokens/s", "of the floor"]
+    return markdown(headings, body) + "\n\n" + measured_on(rows[0])
+
+
 def measured_on(row: dict) -> str:
     return f"{row['device']}, torch {row['torch']}, commit {row['commit']}, {row['date']}."
 
@@ -87,6 +104,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "decoding": decoding,
     "taylor_cpu": taylor_cpu,
     "kernels": kernels,
+    "prefill": prefill,
 }
 
 

@@ -104,14 +104,14 @@ def query_gradients(
         for first in range(0, length, BQ):
             token = first + local
             real = token < length
-            if not STATE_FIRST:
+            if STATE_FIRST:
+                k = load_tile(k_ptr, token, k_stride_t, feature, real, K).to(DTYPE)
+                v = load_tile(v_ptr, token, v_stride_t, value, real, V).to(DTYPE)
+            else:
                 q_next = load_tile(q_ptr, token, q_stride_t, feature, real, K)
                 d_next = load_tile(d_out_ptr, token, d_stride_t, value, real, V)
                 o_next = load_tile(out_ptr, token, H * V, value, real, V)
                 i_next = tl.load(inverse_ptr + token, mask=real, other=0.0)
-            else:
-                k = load_tile(k_ptr, token, k_stride_t, feature, real, K).to(DTYPE)
-                v = load_tile(v_ptr, token, v_stride_t, value, real, V).to(DTYPE)
             q = q_next.to(DTYPE)
             g = (d_next.to(tl.float32) * i_next[:, None]).to(DTYPE)
             # Of g as it was rounded: what v has in common cancels in g . (v - out).
@@ -250,17 +250,13 @@ def key_gradients(
             if not STATE_FIRST:
                 k_next = load_tile(k_ptr, index, k_stride_t, feature, real, K)
                 v_next = load_tile(v_ptr, index, v_stride_t, value, real, V)
-            else:
-                q = load_tile(q_ptr, index, q_stride_t, feature, real, K).to(DTYPE)
-                g = load_tile(g_ptr, index, H * V, value, real, V)
-                delta = tl.load(delta_ptr + index, mask=real, other=0.0)
+            q = load_tile(q_ptr, index, q_stride_t, feature, real, K).to(DTYPE)
+            g = load_tile(g_ptr, index, H * V, value, real, V)
+            delta = tl.load(delta_ptr + index, mask=real, other=0.0)
             k, v = k_next.to(DTYPE), v_next.to(DTYPE)
             d_k = tl.zeros([BK, KP], tl.float32)
             d_v = tl.zeros([BK, BV], tl.float32)
             if not STATE_FIRST:
-                q = load_tile(q_ptr, index, q_stride_t, feature, real, K).to(DTYPE)
-                g = load_tile(g_ptr, index, H * V, value, real, V)
-                delta = tl.load(delta_ptr + index, mask=real, other=0.0)
                 d_k, d_v = key_pairs(
                     d_k, d_v, k, v, q, g, delta, index, index, True, SCALE, PRECISION, True
                 )
@@ -349,16 +345,13 @@ def key_pairs(
     s = dot(k, tl.trans(q), PRECISION)
     causal = index[:, None] <= token[None, :]
     a = 1 + s * (SCALE + s * (0.5 * SCALE * SCALE))
+    if CAUSAL:
+        a = tl.where(causal, a, 0.0)
     if VALUES_FIRST:
-        if CAUSAL:
-            a = tl.where(causal, a, 0.0)
         d_v = dot_add(a.to(g.dtype), g, d_v, PRECISION)
-    d_a = dot(v, tl.trans(g), PRECISION) + delta[None, :]
-    d_s = d_a * (SCALE + SCALE * SCALE * s)
+    d_s = (dot(v, tl.trans(g), PRECISION) + delta[None, :]) * (SCALE + SCALE * SCALE * s)
     if CAUSAL:
         d_s = tl.where(causal, d_s, 0.0)
     if not VALUES_FIRST:
-        if CAUSAL:
-            a = tl.where(causal, a, 0.0)
         d_v = dot_add(a.to(g.dtype), g, d_v, PRECISION)
     return dot_add(d_s.to(q.dtype), q, d_k, PRECISION), d_v

@@ -44,25 +44,24 @@ class Tiles(NamedTuple):
 def _tiles(K: int, V: int, wide: bool) -> Tiles:
     """docs/kernels.md says what each choice costs in registers and shared memory."""
     one = {"BV": 128, "num_warps": 4, "num_stages": 1}
-    square = {"BF": 64, "BQ": 64, "BK": 64, **one}
-    small = {"BF": 32, "BQ": 32, "BK": 32, **one}
+    square, small = {"BF": 64, "BQ": 64, **one}, {"BF": 32, "BQ": 32, **one}
     # float32 operands, or heads twice as wide, fill shared memory and registers sooner.
     if wide or V > 128:
-        states, attend, gradients = {"BF": 64, "C": 32, **one}, small, {**small, "BV": 256}
-        if K <= 16:
-            gradients |= (
-                {"BF": 16, "BQ": 16, "BK": 16} if wide else {"BQ": 64, "BK": 64, "num_warps": 8}
-            )
-    elif K > 16:
-        # Several tiles make the loop conditional, and Triton 3.6 pipelines that wrongly.
-        states, attend, gradients = {"BF": 128, "C": 64, **one}, square, square
+        states, attend = {"BF": 64, "C": 32, **one}, small
+        gradients = {**small, "BK": 32, "BV": 256}
+        if K <= 16 and wide:
+            gradients |= {"BF": 16, "BQ": 16, "BK": 16}
+        elif K <= 16:
+            gradients |= {"BQ": 64, "BK": 64, "num_warps": 8}
+        return Tiles(states, attend, gradients, gradients)
+    states, attend, gradients = {"BF": 128, "C": 64, **one}, square, {**square, "BK": 64}
+    if K > 16:
+        # Several tiles make the loop of the states conditional, and Triton 3.6 pipelines that
+        # wrongly: it stays at one stage.
         if V <= 64:
             attend = {**square, "maxnreg": 128}
     else:
-        states, attend, gradients = {"BF": 128, "C": 64, **one, "num_stages": 3}, square, square
-        if V > 64:
-            states["num_warps"] = 8
-    attend = {name: size for name, size in attend.items() if name != "BK"}
+        states |= {"num_stages": 3, "num_warps": 4 if V <= 64 else 8}
     return Tiles(states, attend, gradients, gradients)
 
 

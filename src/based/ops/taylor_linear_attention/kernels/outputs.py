@@ -91,19 +91,17 @@ def attend(
         for first in range(0, length, BQ):
             token = first + local
             real = token < length
+            if not STATE_FIRST:
+                q_next = load_tile(q_ptr, token, q_stride_t, feature, real, K)
+            q = q_next.to(DTYPE)
+            k = load_tile(k_ptr, token, k_stride_t, feature, real, K).to(DTYPE)
+            v = load_tile(v_ptr, token, v_stride_t, value, real, V).to(DTYPE)
+            acc = tl.zeros([BQ, BV], tl.float32)
+            below = tl.zeros([BQ], tl.float32)
             if STATE_FIRST:
-                q = q_next.to(DTYPE)
-                k = load_tile(k_ptr, token, k_stride_t, feature, real, K).to(DTYPE)
-                v = load_tile(v_ptr, token, v_stride_t, value, real, V).to(DTYPE)
                 after = token + BQ
                 q_next = load_tile(q_ptr, after, q_stride_t, feature, after < length, K)
             else:
-                q = load_tile(q_ptr, token, q_stride_t, feature, real, K).to(DTYPE)
-            acc = tl.zeros([BQ, BV], tl.float32)
-            below = tl.zeros([BQ], tl.float32)
-            if not STATE_FIRST:
-                k = load_tile(k_ptr, token, k_stride_t, feature, real, K).to(DTYPE)
-                v = load_tile(v_ptr, token, v_stride_t, value, real, V).to(DTYPE)
                 acc, below = add_pairs(acc, below, q, k, v, token, token, True, SCALE, PRECISION)
             if inside | HAS_STATE:
                 x, rolled, terms = mix(q, matrix, KP, PRECISION)

@@ -6,9 +6,8 @@ rate, and the error of a state over many tokens.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Iterator
-from functools import lru_cache, partial
+from functools import partial
 from itertools import cycle
 from typing import Any
 
@@ -29,52 +28,12 @@ from based.ops.taylor_linear_attention import (
     taylor_linear_attention_deferred_step,
     taylor_linear_attention_step,
 )
-from benchmarks.rows import median_seconds
 from benchmarks.state_error import step_errors
+from benchmarks.timing import copy_rate, matmul_rate, median_device_seconds
 
 # based-1.3b and based-360m.
 HEAD_DIMS = (112, 64)
 HEADS, K, WINDOW, RECENT = 16, 16, 129, 16
-
-
-def median_device_seconds(function: Callable[[], object], device: torch.device) -> float:
-    """Of one call; on a GPU of one among many in a row, in a graph: without the host's part."""
-    if device.type != "cuda":
-        return median_seconds(function)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        function()
-    torch.cuda.current_stream().wait_stream(side)
-    graph, times = torch.cuda.CUDAGraph(), []
-    with torch.cuda.graph(graph):
-        for _ in range(20):
-            function()
-    for _ in range(8):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / 20_000)
-    return statistics.median(times[2:])
-
-
-@lru_cache(maxsize=4)
-def copy_rate(device: torch.device) -> float:
-    """Bytes a second, read and written, of a large copy."""
-    count = 1 << (28 if device.type == "cuda" else 22)
-    source = torch.zeros(count, device=device)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / median_device_seconds(lambda: target.copy_(source), device)
-
-
-@lru_cache(maxsize=4)
-def matmul_rate(device: torch.device) -> float:
-    """Operations a second of a large square product in the weights' dtype."""
-    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (512, torch.float32)
-    a = torch.randn(size, size, device=device, dtype=dtype)
-    return 2 * size**3 / median_device_seconds(lambda: a @ a, device)
 
 
 def decode_floor(

@@ -29,11 +29,11 @@ from based.models import Decoder, preset
 from based.models.device import pick_device
 from benchmarks import pieces, speeds
 from benchmarks.attention import best_attention
-from benchmarks.floors import copy_rate, matmul_rate
 from benchmarks.mamba import official_mamba
 from benchmarks.pieces import Row
 from benchmarks.rows import RESULTS
 from benchmarks.speeds import Step
+from benchmarks.timing import copy_rate, matmul_rate
 
 NAME = "prefill"
 MODELS = (

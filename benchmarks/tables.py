@@ -60,25 +60,38 @@ def taylor_cpu() -> str:
 
 
 def kernels() -> str:
-    rows = [row for row in read_rows("kernels") if row["op"] == "taylor_linear_attention"]
-    # Lengths that a later commit has not measured yet are in the file, not in the table.
-    rows = [row for row in rows if row["commit"] == rows[0]["commit"]]
     names = ("based", "fla parallel", "fla fused_chunk", "FlashAttention-2", "cuDNN attention")
+    sizes = {name: name for name in ("batch", "tokens", "head_dim", "direction")}
+    return side_by_side("taylor_linear_attention", sizes, names)
+
+
+def windows() -> str:
+    names = ("based", "FlexAttention", "windowed FlashAttention-2")
+    sizes = {name: name for name in ("head_dim", "window", "direction")}
+    return side_by_side("sliding_window_attention", sizes, names)
+
+
+def convolutions() -> str:
+    sizes = {"channels": "head_dim", "direction": "direction"}
+    return side_by_side("gated_short_convolution", sizes, ("based", "torch.compile", "eager"))
+
+
+def side_by_side(op: str, sizes: dict[str, str], names: tuple[str, ...]) -> str:
+    """Milliseconds by `sizes`, headings and fields, of the rows' newest commit alone."""
+    rows = [row for row in read_rows("kernels") if row["op"] == op]
+    rows = [row for row in rows if row["commit"] == rows[-1]["commit"]]
     times: dict[tuple, dict[str, float]] = {}
     for row in rows:
-        key = (row["batch"], row["tokens"], row["head_dim"], row["direction"])
+        key = tuple(row[field] for field in sizes.values())
         times.setdefault(key, {"floor": row["floor_ms"]})[row["implementation"]] = row["ms"]
     body = [
         [
-            *(f"{size:,}" for size in key[:3]),
-            key[3],
-            *(f"{found[name]:.2f}" if name in found else "-" for name in names),
-            f"{found['floor']:.2f}",
+            *(f"{size:,}" if isinstance(size, int) else size for size in key),
+            *(f"{found[name]:.2f}" if name in found else "-" for name in (*names, "floor")),
         ]
         for key, found in times.items()
     ]
-    headings = ["batch", "tokens", "head_dim", "direction", *names, "floor"]
-    return markdown(headings, body) + "\n\n" + measured_on(rows[0])
+    return markdown([*sizes, *names, "floor"], body) + "\n\n" + measured_on(rows[0])
 
 
 def prefill() -> str:
@@ -104,6 +117,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "decoding": decoding,
     "taylor_cpu": taylor_cpu,
     "kernels": kernels,
+    "windows": windows,
+    "convolutions": convolutions,
     "prefill": prefill,
 }
 

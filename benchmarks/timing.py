@@ -1,13 +1,17 @@
-"""Times of functions on one GPU, forward and with gradients, beside what the hardware allows."""
+"""Times of functions on one device, forward and with gradients, beside what it allows."""
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Collection, Iterator
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
 from torch import Tensor
+
+from benchmarks.rows import median_seconds
 
 Function = Callable[..., Any]
 # Keys of rows, and how each is measured; None where it cannot be.
@@ -25,7 +29,7 @@ class Case(NamedTuple):
 
 
 class Rates(NamedTuple):
-    """Bytes a second of a device-to-device copy, and bfloat16 flops a second of a product."""
+    """Bytes a second of `copy_rate`, and bfloat16 flops a second of `matmul_rate`."""
 
     copy: float
     product: float
@@ -40,18 +44,15 @@ def milliseconds(function: Callable[[], object]) -> float:
 
     Replayed, because the host's part, launch after launch, would be timed otherwise.
     """
-    return _median(recorded(function).replay)
-
-
-def _median(call: Callable[[], object]) -> float:
     from triton.testing import do_bench
 
-    result: Any = do_bench(call, warmup=5, rep=40, return_mode="median")
+    replay = recorded(function).replay
+    result: Any = do_bench(replay, warmup=5, rep=40, return_mode="median")
     return result
 
 
-def recorded(function: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """One call as a CUDA graph, after calls that compile what is compiled at first use."""
+def recorded(function: Callable[[], object], calls: int = 1) -> torch.cuda.CUDAGraph:
+    """Calls as a CUDA graph, after calls that compile what is compiled at first use."""
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):
@@ -60,18 +61,51 @@ def recorded(function: Callable[[], object]) -> torch.cuda.CUDAGraph:
     torch.cuda.current_stream().wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        function()
+        for _ in range(calls):
+            function()
     return graph
+
+
+def median_device_seconds(function: Callable[[], object], device: torch.device) -> float:
+    """Of one call; on a GPU of one among many in a row, in a graph: without the host's part."""
+    if device.type != "cuda":
+        return median_seconds(function)
+    graph, times = recorded(function, calls=20), []
+    for _ in range(8):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 20_000)
+    return statistics.median(times[2:])
+
+
+@lru_cache(maxsize=4)
+def copy_rate(device: torch.device) -> float:
+    """Bytes a second, read and written, of a kernel that moves a large tensor.
+
+    Not of `copy_`: a graph leaves that to the copy engine, which moves a third less.
+    """
+    count = 1 << (28 if device.type == "cuda" else 22)
+    source = torch.randn(count, device=device)
+    target = torch.empty_like(source)
+    move = partial(torch.neg, source, out=target)
+    return 2 * source.nbytes / median_device_seconds(move, device)
+
+
+@lru_cache(maxsize=4)
+def matmul_rate(device: torch.device) -> float:
+    """Operations a second of a large square product in the weights' dtype."""
+    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (512, torch.float32)
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    return 2 * size**3 / median_device_seconds(lambda: a @ a, device)
 
 
 def rates() -> Rates:
     """Of this GPU."""
-    x = torch.randn(1 << 28, device=DEVICE, dtype=torch.bfloat16)
-    y = torch.empty_like(x)
-    # Eager: in a graph a copy is left to the copy engine, which is slower.
-    copied = 2 * x.nbytes / _median(lambda: y.copy_(x)) * 1e3
-    a = torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16)
-    return Rates(copied, 2 * 8192**3 / _median(lambda: a @ a) * 1e3)
+    device = torch.device(DEVICE)
+    return Rates(copy_rate(device), matmul_rate(device))
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:

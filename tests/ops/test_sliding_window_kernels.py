@@ -45,7 +45,7 @@ def inputs(batch: int, length: int, heads: int, head_dim: int, past: int = 0) ->
 def error(got: Tensor, want: Tensor) -> float:
     # A window of one key has gradients of zero: they are held to the size that others have.
     size = want.norm().clamp(min=1.0) if want.any() else 0.1 * want.numel() ** 0.5
-    return float((got.double() - want).norm() / size)
+    return ((got.double() - want).norm() / size).item()
 
 
 def wanted(q: Tensor, k: Tensor, v: Tensor, window: int, past, edges: Tensor | None) -> Tensor:

@@ -12,11 +12,11 @@ from torch.profiler import ProfilerActivity, profile
 # The first pattern that a kernel's name matches is its kind.
 KINDS = {
     "attention": r"flash|fmha|sdpa|mha_|window|attention_step|_join",
-    "Taylor linear attention": r"taylor|sum_states|carry_states|attend|(query|key)_grad",
+    "Taylor linear attention": r"taylor|_fold|sum_states|carry_states|attend|(query|key)_grad",
     "scan": r"scan|chunk_state|ssd",
     "convolution": r"conv",
     "communication": r"nccl",
-    "matrix products": r"gemm|gemv|_linear_kernel|cutlass|nvjet|cublas|xmma|splitk",
+    "matrix products": r"gemm|gemv|_linear_kernel|_parts_kernel|cutlass|nvjet|cublas|xmma|splitk",
     "optimiser": r"adam|multi_tensor|foreach|lp?norm",
     "copies": r"mem(cpy|set)|copy|cat|fill",
     "sampling": r"_sample",

@@ -96,15 +96,16 @@ def test_a_step_that_waits_is_found(launches: Launches) -> None:
 def test_a_step_of_one_row_is_few_launches(launches: Launches) -> None:
     """Two a convolution layer and two an MLP, three an attention layer, four around them."""
     nodes = step_nodes("based-1.3b", 1, launches)
-    assert nodes.total() == 22 * 2 + 14 * 3 + 36 * 2 + 4, nodes
+    assert nodes.total() == 22 * 2 + 7 * 4 + 7 * 3 + 36 * 2 + 4, nodes
     assert nodes["_linear_kernel"] == 22 * 2 + 14 * 2 + 36 * 2 + 1
     assert f"{nodes.total()} kernels\na token" in PAGE.read_text()
 
 
 def test_a_step_of_many_rows_fuses_what_stands_between_products(launches: Launches) -> None:
     nodes = step_nodes("based-1.3b", 128, launches)
-    products = nodes["mm"] + nodes["addmm"]
+    products = nodes["mm"] + nodes["addmm"] + nodes["_parts_kernel"]
     assert products == 22 * 2 + 7 * 4 + 7 * 2 + 36 * 2 + 1
-    # Norms, kernels of mixers and of SwiGLU, counters, embedding and its cast, sampling.
-    assert nodes.total() - products == 73 + 36 + 36 + 14 + 3, nodes
+    assert nodes["_parts_kernel"] == 36 + 36
+    # Norms, kernels of mixers, folds, SwiGLU, embedding and its cast, sampling.
+    assert nodes.total() - products == 73 + 36 + 7 + 36 + 3, nodes
     assert f"a step of many rows has {nodes.total()}." in PAGE.read_text()

@@ -13,6 +13,7 @@ from based.ops.gated_short_convolution.reference import gated_short_convolution_
 from based.ops.rotary import inverse_frequencies, rotate
 from based.ops.sliding_window_attention import decode as attention
 from based.ops.softmax_attention.reference import softmax_attention_reference
+from based.ops.taylor_linear_attention import decode as taylor
 from based.ops.taylor_linear_attention.decode import taylor_step_kernel
 from based.ops.taylor_linear_attention.features import key_features
 from based.ops.taylor_linear_attention.reference import taylor_linear_attention_reference
@@ -77,10 +78,15 @@ def test_taylor_step_reads_slices_and_stores_bfloat16() -> None:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("V", [64, 112])
-def test_deferred_taylor_step_at_every_phase(V: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("K", "V"), [(16, 64), (16, 112), (24, 20)])
+@pytest.mark.parametrize("many", [True, False])
+def test_deferred_taylor_step_at_every_phase(
+    many: bool, K: int, V: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Rows whose rings fill in different steps; slots not yet taken hold garbage."""
-    rows, heads, K, R = 3, 1, 16, 4
+    monkeypatch.setattr(taylor, "MANY", 0 if many else 512)
+    monkeypatch.setattr(taylor, "FOLD_PROGRAMS", 3 if many else 528)
+    rows, heads, R = 3, 2, 4
     numerator, denominator = taylor_state(rows, heads, K, V)
     state = numerator.float(), denominator.float()
     ring = [draw(rows, R, heads, D, dtype=dtype) for D in (K, V)]
@@ -178,10 +184,10 @@ def test_convolution_step(width: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("with_branch", [True, False])
-def test_add_rms_norm(with_branch: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("parts", [None, (), (4,)])
+def test_add_rms_norm(parts: tuple[int, ...] | None, dtype: torch.dtype) -> None:
     x, weight = draw(3, 1792), draw(1792, dtype=dtype)
-    branch = draw(3, 1792, dtype=dtype) if with_branch else None
+    branch = None if parts is None else draw(*parts, 3, 1792, dtype=dtype)
     wide = None if branch is None else branch.double()
     want = elementwise.add_rms_norm(x.double(), wide, weight.double(), 1e-5)
     got = elementwise_decode.add_rms_norm_kernel(x, branch, weight, 1e-5)

@@ -10,6 +10,7 @@ from based.models import Decoder, DecoderConfig, DecoderState
 from based.ops import few_rows_linear
 from based.ops.elementwise import Residual, add_rms_norm
 from based.ops.few_rows_linear import decode
+from based.ops.few_rows_linear.parts import divide
 from based.ops.gated_short_convolution.reference import gated_short_convolution_reference
 
 
@@ -80,6 +81,43 @@ def test_weights_larger_than_a_program_s_registers(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(decode, "TILE", 8)
     layer, x = nn.Linear(48, 5, bias=False).to(DEVICE), draw(2, 48)
     close(few_rows_linear.linear(x, layer), F.linear(x.double(), layer.weight.double()), 2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [5, 16, 33, 100, 128])
+def test_a_product_in_parts(rows: int, dtype: torch.dtype) -> None:
+    layer, x = nn.Linear(512, 128).to(DEVICE, dtype), draw(rows, 512, dtype=dtype)
+    counter = torch.arange(rows, device=DEVICE)
+    got = few_rows_linear.linear(x, layer, counter)
+    assert got.shape == (8, rows, 128)
+    assert got.dtype == torch.float32
+    bias = layer.bias.double()
+    close(got.double().sum(0), F.linear(x.double(), layer.weight.double(), bias), 2e-6)
+    assert torch.equal(counter, torch.arange(1, rows + 1, device=DEVICE))
+
+
+@pytest.mark.parametrize(
+    ("outputs", "channels", "want"),
+    [
+        (1792, 3584, (64, 4)),
+        (1792, 1792, (64, 4)),
+        (1024, 2048, (32, 4)),
+        (1664, 1664, (32, 2)),
+        (100, 512, None),
+        (1024, 72, None),
+        (50264, 1792, None),
+    ],
+)
+def test_parts_fill_a_gpu(outputs: int, channels: int, want: tuple[int, int] | None) -> None:
+    assert divide(outputs, channels) == want
+
+
+@pytest.mark.parametrize(("rows", "dtype"), [(129, torch.bfloat16), (5, torch.float32)])
+def test_other_products_are_whole(rows: int, dtype: torch.dtype) -> None:
+    layer, x = nn.Linear(512, 128).to(DEVICE, dtype), draw(rows, 512, dtype=dtype)
+    counter = torch.zeros(rows, dtype=torch.long, device=DEVICE)
+    assert torch.equal(few_rows_linear.linear(x, layer, counter), layer(x))
+    assert bool((counter == 1).all())
 
 
 def test_only_few_rows_and_plain_layers_are_fused() -> None:

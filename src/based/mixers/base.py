@@ -68,10 +68,10 @@ class Mixer(nn.Module, ABC):
 
     def step_residual(
         self, residual: Residual, state: State
-    ) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B C"]]:
-        """The residual's sum, and `step` of its norm.
+    ) -> tuple[Float[Tensor, "B C"], Float[Tensor, "*S B C"]]:
+        """The residual's sum, and `step` of its norm, perhaps as parts of a sum.
 
-        Overridden where, at few rows, the norm can join the kernels of the step.
+        Overridden where the norm, or the next one, can join the kernels of the step.
         """
         x, normed = add_rms_norm(*residual)
         return x, self.step(normed, state)

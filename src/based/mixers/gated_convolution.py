@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from based.mixers.base import Mixer, TensorSpec, at_least_one
 from based.mixers.state import State
-from based.ops.elementwise import Residual
+from based.ops.elementwise import Residual, add_rms_norm
 from based.ops.few_rows_linear import fuses, linear, norm_linear_convolution
 from based.ops.gated_short_convolution import (
     gated_short_convolution,
@@ -67,15 +67,20 @@ class GatedConvolution(Mixer):
         return State(inputs=inputs[:, new:])
 
     def step(self, x: Float[Tensor, "B C"], state: State) -> Float[Tensor, "B C"]:
-        projected = self.in_proj(x)
-        weight = self.conv_weight.to(projected.dtype)
-        return self.out_proj(gated_short_convolution_step(projected, weight, state["inputs"]))
+        return self.out_proj(self._step(x, state))
 
     def step_residual(
         self, residual: Residual, state: State
-    ) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B C"]]:
-        if not fuses(residual, self.in_proj, self.out_proj):
-            return super().step_residual(residual, state)
-        projection = self.in_proj.weight, self.in_proj.bias
-        x, y = norm_linear_convolution(residual, *projection, self.conv_weight, state["inputs"])
+    ) -> tuple[Float[Tensor, "B C"], Float[Tensor, "*S B C"]]:
+        if fuses(residual, self.in_proj):
+            projection = self.in_proj.weight, self.in_proj.bias
+            x, y = norm_linear_convolution(residual, *projection, self.conv_weight, state["inputs"])
+        else:
+            x, normed = add_rms_norm(*residual)
+            y = self._step(normed, state)
         return x, linear(y, self.out_proj)
+
+    def _step(self, x: Tensor, state: State) -> Tensor:
+        projected = self.in_proj(x)
+        weight = self.conv_weight.to(projected.dtype)
+        return gated_short_convolution_step(projected, weight, state["inputs"])

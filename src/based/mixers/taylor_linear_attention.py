@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from based.mixers.base import Mixer, TensorSpec, at_least_one, split_heads
 from based.mixers.state import State
-from based.ops.elementwise import Residual
+from based.ops.elementwise import Residual, add_rms_norm
 from based.ops.few_rows_linear import fuses, linear, norm_linear
 from based.ops.taylor_linear_attention import (
     fold_recent,
@@ -93,13 +93,15 @@ class TaylorLinearAttention(Mixer):
 
     def step_residual(
         self, residual: Residual, state: State
-    ) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B C"]]:
+    ) -> tuple[Float[Tensor, "B C"], Float[Tensor, "*S B C"]]:
         layers = self.q_proj, self.k_proj, self.v_proj
-        if not fuses(residual, *layers, self.out_proj):
-            return super().step_residual(residual, state)
-        x, y = norm_linear(residual, [layer.weight for layer in layers])
-        heads = y.split([layer.out_features for layer in layers], dim=-1)
-        out = self._step(self._split(heads), state)
+        if fuses(residual, *layers):
+            x, y = norm_linear(residual, [layer.weight for layer in layers])
+            heads = self._split(y.split([layer.out_features for layer in layers], dim=-1))
+        else:
+            x, normed = add_rms_norm(*residual)
+            heads = self._project(normed)
+        out = self._step(heads, state)
         return x, linear(out, self.out_proj, counter=state.get("seen"))
 
     def _step(self, qkv: tuple[Tensor, Tensor, Tensor], state: State) -> Tensor:

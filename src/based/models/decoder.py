@@ -54,7 +54,7 @@ class RMSNorm(nn.Module):
         weight = self.weight.to(x.dtype)
         return F.rms_norm(x, weight.shape, weight, self.eps).to(self.weight.dtype)
 
-    def of(self, x: Float[Tensor, "B C"], branch: Float[Tensor, "B C"] | None) -> Residual:
+    def of(self, x: Float[Tensor, "B C"], branch: Float[Tensor, "*S B C"] | None) -> Residual:
         """This norm of x + branch, to be computed by the kernel that needs it."""
         return Residual(x, branch, self.weight, self.eps)
 
@@ -72,13 +72,14 @@ class SwiGLU(nn.Module):
         value, gate = self.fc1(x).chunk(2, dim=-1)
         return self.fc2(value * F.silu(gate))
 
-    def step(self, residual: Residual) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B C"]]:
+    def step(self, residual: Residual) -> tuple[Float[Tensor, "B C"], Float[Tensor, "*S B C"]]:
         """One token a row: the residual's sum, and this of its norm. No gradients."""
-        if fuses(residual, self.fc1, self.fc2):
+        if fuses(residual, self.fc1):
             x, hidden = norm_linear_swiglu(residual, self.fc1.weight)
-            return x, linear(hidden, self.fc2)
-        x, normed = add_rms_norm(*residual)
-        return x, self.fc2(swiglu(self.fc1(normed)))
+        else:
+            x, normed = add_rms_norm(*residual)
+            hidden = swiglu(self.fc1(normed))
+        return x, linear(hidden, self.fc2)
 
 
 class Block(nn.Module):
@@ -105,11 +106,12 @@ class Block(nn.Module):
         return self._mlp(x + mixed), state
 
     def step(
-        self, x: Float[Tensor, "B C"], branch: Float[Tensor, "B C"] | None, state: State
-    ) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B C"]]:
+        self, x: Float[Tensor, "B C"], branch: Float[Tensor, "*S B C"] | None, state: State
+    ) -> tuple[Float[Tensor, "B C"], Float[Tensor, "*S B C"]]:
         """One token for every row; changes the state in place.
 
-        The residual stream comes and goes as a sum, x + branch, that the next norm adds up.
+        The residual stream comes and goes as a sum, x + branch, that the next norm adds up;
+        the branch may itself be parts of a sum.
         """
         x, mixed = self.mixer.step_residual(self.mixer_norm.of(x, branch), state)
         return self.mlp.step(self.mlp_norm.of(x, mixed)) if self.has_mlp else (x, mixed)

@@ -13,18 +13,19 @@ from based.ops.kernels import use_kernels
 class Residual(NamedTuple):
     """A residual stream x + branch, and the RMSNorm that the next branch begins with.
 
-    The arguments of `add_rms_norm`, for whoever computes it.
+    The arguments of `add_rms_norm`, for whoever computes it. A branch may come as parts
+    of a sum.
     """
 
     x: Float[Tensor, "B C"]
-    branch: Float[Tensor, "B C"] | None
+    branch: Float[Tensor, "*S B C"] | None
     weight: Float[Tensor, " C"]
     eps: float
 
 
 def add_rms_norm(
     x: Float[Tensor, "B C"],
-    branch: Float[Tensor, "B C"] | None,
+    branch: Float[Tensor, "*S B C"] | None,
     weight: Float[Tensor, " C"],
     eps: float,
 ) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B C"]]:
@@ -36,7 +37,8 @@ def add_rms_norm(
         from based.ops.elementwise_decode import add_rms_norm_kernel
 
         return add_rms_norm_kernel(x, branch, weight, eps)
-    x = x if branch is None else x + branch
+    if branch is not None:
+        x = x + (branch if branch.dim() == x.dim() else branch.sum(0))
     normed = F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
     return x, normed.to(weight.dtype)
 

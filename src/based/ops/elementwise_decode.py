@@ -24,8 +24,9 @@ def _add_rms_norm_kernel(
     sum_ptr,
     normed_ptr,
     channels,
+    stride,
     eps,
-    ADD: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
@@ -34,8 +35,10 @@ def _add_rms_norm_kernel(
     real = channel < channels
     wait_for_previous(OVERLAP)
     x = tl.load(x_ptr + start + channel, mask=real, other=0.0)
-    if ADD:
-        x += tl.load(branch_ptr + start + channel, mask=real, other=0.0).to(tl.float32)
+    for part in tl.static_range(PARTS):
+        added = branch_ptr + part * stride + start + channel
+        x += tl.load(added, mask=real, other=0.0).to(tl.float32)
+    if PARTS > 0:
         tl.store(sum_ptr + start + channel, x, mask=real)
     scale = tl.rsqrt(tl.sum(x * x) / channels + eps)
     weight = tl.load(weight_ptr + channel, mask=real, other=0.0).to(tl.float32)
@@ -44,7 +47,7 @@ def _add_rms_norm_kernel(
 
 def add_rms_norm_kernel(
     x: Float[Tensor, "B C"],
-    branch: Float[Tensor, "B C"] | None,
+    branch: Float[Tensor, "*S B C"] | None,
     weight: Float[Tensor, " C"],
     eps: float,
 ) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B C"]]:
@@ -59,8 +62,9 @@ def add_rms_norm_kernel(
         total,
         normed,
         channels,
+        rows * channels,
         eps,
-        ADD=branch is not None,
+        PARTS=0 if branch is None else branch.numel() // x.numel(),
         BLOCK_C=triton.next_power_of_2(channels),
         **overlap(x),
         **NORM,

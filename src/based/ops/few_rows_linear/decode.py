@@ -16,8 +16,8 @@ from torch import Tensor
 from based.ops.kernels import overlap
 from based.ops.overlap import wait_for_previous
 
-# Bytes of W that a program holds, all in flight at once, and its warps.
-TILE, LAUNCH = 32768, {"num_warps": 4}
+# Bytes of W that a program holds, all in flight at once; its warps with a norm, and without.
+TILE, NORM_WARPS, PLAIN_WARPS = 32768, 4, 8
 
 
 @triton.jit
@@ -188,6 +188,6 @@ def linear_kernel(
         BLOCK_R=triton.next_power_of_2(rows),
         BLOCK_W=triton.next_power_of_2(max(1, width)),
         **overlap(x),
-        **LAUNCH,
+        num_warps=PLAIN_WARPS if norm is None else NORM_WARPS,
     )
     return total, out

@@ -6,15 +6,14 @@ time: here a norm, a gate or a convolution is part of the product beside it.
 
 from collections.abc import Sequence
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from based.ops.elementwise import Residual
 from based.ops.kernels import use_kernels
 
-# Above, matrix products on tensor cores are faster.
-MOST_ROWS = 4
+# Above, matrix products on tensor cores are faster; and above these, whole ones.
+MOST_ROWS, MOST_ROWS_IN_PARTS = 4, 128
 
 
 def fuses(residual: Residual, *layers: nn.Module) -> bool:
@@ -22,8 +21,15 @@ def fuses(residual: Residual, *layers: nn.Module) -> bool:
 
     Layers that are not plain (quantised, or with an adapter) are called instead.
     """
-    plain = all(type(y) is nn.Linear and type(y.weight) is nn.Parameter for y in layers)
-    return plain and residual.x.shape[0] <= MOST_ROWS and use_kernels(residual.x)
+    return all(map(_plain, layers)) and _few(residual.x)
+
+
+def _plain(layer: nn.Module) -> bool:
+    return type(layer) is nn.Linear and type(layer.weight) is nn.Parameter
+
+
+def _few(x: Tensor) -> bool:
+    return x.shape[0] <= MOST_ROWS and use_kernels(x)
 
 
 def norm_linear(
@@ -63,11 +69,23 @@ def norm_linear_convolution(
 
 
 def linear(
-    x: Float[Tensor, "B C"], layer: nn.Linear, counter: Int[Tensor, " B"] | None = None
-) -> Float[Tensor, "B N"]:
-    """The layer's output; `counter`, of tokens seen, is advanced by one in passing."""
-    from based.ops.few_rows_linear.decode import linear_kernel
+    x: Float[Tensor, "B C"], layer: nn.Module, counter: Int[Tensor, " B"] | None = None
+) -> Float[Tensor, "*S B N"]:
+    """The layer's output for a residual stream, perhaps as float32 parts of a sum.
 
-    out = linear_kernel(x, weights=[layer.weight], bias=layer.bias, counter=counter)[1]
-    assert isinstance(out, torch.Tensor)
-    return out
+    `counter`, of tokens seen, is advanced by one in passing.
+    """
+    if _plain(layer) and use_kernels(x):
+        assert isinstance(layer, nn.Linear)
+        if _few(x):
+            from based.ops.few_rows_linear.decode import linear_kernel
+
+            return linear_kernel(x, weights=[layer.weight], bias=layer.bias, counter=counter)[1]
+        from based.ops.few_rows_linear.parts import divide, parts_kernel
+
+        division = divide(*layer.weight.shape)
+        if x.element_size() == 2 and x.shape[0] <= MOST_ROWS_IN_PARTS and division is not None:
+            return parts_kernel(x, layer.weight, layer.bias, counter, division)
+    if counter is not None:
+        counter += 1
+    return layer(x)

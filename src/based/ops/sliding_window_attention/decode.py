@@ -17,7 +17,9 @@ from torch import Tensor
 from based.ops.kernels import overlap
 from based.ops.overlap import wait_for_previous
 
-TILE = {"BLOCK_S": 32, "STAGES": 3, "num_warps": 4}
+TILE = {"BLOCK_S": 16, "STAGES": 3, "num_warps": 2}
+# Where programs are few.
+WIDE, FEW = {"BLOCK_S": 32, "STAGES": 3, "num_warps": 4}, 64
 JOIN = {"num_warps": 4}
 # Below any score, and finite, so that what has seen no slot weighs nothing.
 LOWEST = tl.constexpr(-1e30)
@@ -84,7 +86,8 @@ def _attention_step_kernel(
     wait_for_previous(OVERLAP)
     position = tl.load(seen_ptr + row)
     place = (position % slots).to(tl.int32)
-    filled = tl.minimum(position + 1, slots).to(tl.int32)
+    # Slots of other tokens than the new one, whose slot is left out.
+    past = tl.minimum(position, slots - 1).to(tl.int32)
     owner = head // GROUP
     query = _rotated(q_ptr + row * q_stride + head * D, position, frequencies, lane, D, R) * SCALE
     key = _rotated(k_ptr + row * k_stride + owner * D, position, frequencies, lane, D, R)
@@ -96,22 +99,22 @@ def _attention_step_kernel(
     peaks = tl.full((BLOCK_S,), LOWEST, tl.float32)
     totals = tl.zeros((BLOCK_S,), tl.float32)
     tile = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
-    share = tl.cdiv(filled, SPLITS)
-    begin, end = part * share, tl.minimum(part * share + share, filled)
+    share = tl.cdiv(past, SPLITS)
+    begin, end = part * share, tl.minimum(part * share + share, past)
     # Several tiles are on their way at a time.
     for first in tl.range(begin, end, BLOCK_S, num_stages=STAGES):
-        slot = first + tl.arange(0, BLOCK_S)
-        # The new token's slot is being written, perhaps by another program of the group.
-        real = (slot < end) & (slot != place)
+        number = first + tl.arange(0, BLOCK_S)
+        real = number < end
+        slot = number + (number >= place).to(tl.int32)
         cell = base + slot.to(tl.int64)[:, None] * (H // GROUP * D) + lane[None, :]
         present = real[:, None] & inside[None, :]
-        past = tl.load(keys_ptr + cell, mask=present, other=0.0).to(tl.float32)
-        score = tl.where(real, tl.sum(past * query[None, :], axis=1), float("-inf"))
-        past = tl.load(values_ptr + cell, mask=present, other=0.0).to(tl.float32)
+        k = tl.load(keys_ptr + cell, mask=present, other=0.0).to(tl.float32)
+        score = tl.where(real, tl.sum(k * query[None, :], axis=1), float("-inf"))
+        v = tl.load(values_ptr + cell, mask=present, other=0.0).to(tl.float32)
         higher = tl.maximum(peaks, score)
         shrink, weight = tl.exp(peaks - higher), tl.exp(score - higher)
         totals = totals * shrink + weight
-        tile = tile * shrink[:, None] + past * weight[:, None]
+        tile = tile * shrink[:, None] + v * weight[:, None]
         peaks = higher
     # The new token counts in the first part.
     own = tl.where(part == 0, tl.sum(query * key.to(tl.float32)), LOWEST)
@@ -194,7 +197,7 @@ def attention_step_kernel(
         SPLITS=splits,
         BLOCK_D=block_d,
         **overlap(q),
-        **TILE,
+        **(WIDE if B * H * splits <= FEW else TILE),
     )
     if splits > 1:
         sizes = {"D": D, "SPLITS": splits, "BLOCK_D": block_d}

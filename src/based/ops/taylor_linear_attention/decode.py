@@ -1,11 +1,11 @@
 """One token as one pass over the packed state: update, read-out and normalisation together.
 
-One program holds a sequence's head. It streams the state's rows through registers
-in float32, whatever the state is stored in. With a ring of recent keys and values
-(the deferred step) the state is only read, and the ring is added as the exact
-quadratic form, except at the token that fills the ring: that pass also folds the
-ring into the state. Each sequence fills its ring in its own time, so that every
-step of a batch is the same launch.
+A program streams a head's state through registers in float32, whatever it is stored in.
+With a ring of recent keys and values (the deferred step) the state is only read, and the
+ring is added as the exact quadratic form; a second kernel folds the rings that are full
+into their states. It has its registers to itself, and those of the first decide how many
+programs share a multiprocessor. Each sequence fills its ring in its own time, so that
+every step of a batch is the same two launches.
 """
 
 from typing import no_type_check
@@ -19,10 +19,14 @@ from torch import Tensor
 from based.ops.kernels import overlap
 from based.ops.overlap import wait_for_previous
 
-# Rows of the state in registers at a time, and warps, where there are few and many programs.
-FEW = {"BLOCK_F": 32, "STAGES": 3, "num_warps": 8}
-MANY = {"BLOCK_F": 16, "STAGES": 4, "num_warps": 4}
-PROGRAMS = 512
+# Where a state is written every token; where it is read by many programs, and by few, each
+# of which has a slice of the values in one tile. 132 multiprocessors were measured.
+WRITE = {"BLOCK_F": 16, "STAGES": 4, "num_warps": 4}
+READ_MANY = {"BLOCK_F": 16, "BLOCK_V": 128, "STAGES": 3, "num_warps": 2}
+READ_FEW = {"BLOCK_F": 256, "BLOCK_V": 16, "STAGES": 1, "num_warps": 4}
+MANY = 512
+# Rows of a state that are folded at a time, and programs that share the work.
+FOLD, FOLD_PROGRAMS = {"BLOCK_F": 32, "num_warps": 4}, 528
 
 
 @triton.jit
@@ -50,22 +54,20 @@ def _weight(feature, K: tl.constexpr, SCALE: tl.constexpr):
 @no_type_check
 def _stream(
     q,
-    keys,
-    values,
+    k,
+    value,
     numerator,
     denominator,
     column,
-    token,
     SCALE: tl.constexpr,
-    H: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
     F: tl.constexpr,
-    COUNT: tl.constexpr,
+    WRITE: tl.constexpr,
     BLOCK_F: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Adds COUNT keys and values to the state, and reads the query's output and its divisor."""
+    """The query's output and its divisor from the state, to which WRITE adds a key first."""
     inside = column < V
     # Summed over the rows of the tile once, at the end.
     above = tl.zeros((BLOCK_F, column.shape[0]), tl.float32)
@@ -79,15 +81,10 @@ def _stream(
         S = tl.load(numerator + cell, mask=present, other=0.0).to(tl.float32)
         z = tl.load(denominator + feature, mask=real, other=0.0).to(tl.float32)
         safe = tl.where(real, feature, 0)
-        if COUNT > 0:
-            held = tl.where(token < COUNT, token, 0)
-            phi_k = _feature(keys + held[None, :] * H * K, safe[:, None], K)
-            phi_k = tl.where((token < COUNT)[None, :], phi_k, 0.0)
-            if COUNT == 1:
-                S += phi_k * values
-            else:
-                S += tl.dot(phi_k, values, input_precision="ieee")
-            z += tl.sum(phi_k, axis=1)
+        if WRITE:
+            phi_k = _feature(k, safe, K)
+            S += phi_k[:, None] * value[None, :]
+            z += phi_k
             tl.store(numerator + cell, S, mask=present)
             tl.store(denominator + feature, z, mask=real)
         phi_q = tl.where(real, _feature(q, safe, K) * _weight(safe, K, SCALE), 0.0)
@@ -124,50 +121,96 @@ def _taylor_step_kernel(
     STAGES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row, head, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     q = q_ptr + row * q_stride + head * K
     k = k_ptr + row * k_stride + head * K
-    v = v_ptr + row * v_stride + head * V
-    column, lane, token = tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_R)
+    column, lane = part * BLOCK_V + tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_K)
+    inside, held = column < V, lane < K
     S = numerator_ptr + (row * H + head) * F * V
     z = denominator_ptr + (row * H + head) * F
     wait_for_previous(OVERLAP)
-    value = tl.load(v + column, mask=column < V, other=0.0)
+    newest = tl.load(v_ptr + row * v_stride + head * V + column, mask=inside, other=0.0)
+    value = newest.to(tl.float32)
     if RING == 0:
-        values = value.to(tl.float32)[None, :]
-        above, below = _stream(
-            q, k, values, S, z, column, token, SCALE, H, K, V, F, 1, BLOCK_F, STAGES
-        )
+        above, below = _stream(q, k, value, S, z, column, SCALE, K, V, F, True, BLOCK_F, STAGES)
     else:
+        # The ring's older tokens, and this one, as pairs; nothing here is read back.
+        token = tl.arange(0, BLOCK_R)
         place = (tl.load(seen_ptr + row) % RING).to(tl.int32)
         keys = ring_k_ptr + (row * RING * H + head) * K
-        key = tl.load(k + lane, mask=lane < K, other=0.0)
-        tl.store(keys + place * H * K + lane, key, mask=lane < K)
-        cell = (row * RING * H + head) * V + token[:, None] * H * V + column[None, :]
-        older = (token < place)[:, None] & (column < V)[None, :]
-        values = tl.load(ring_v_ptr + cell, mask=older, other=0.0)
-        newest = (token == place)[:, None]
-        values = tl.where(newest, value[None, :], values)
-        tl.store(ring_v_ptr + cell, values, mask=newest & (column < V)[None, :])
-        values = values.to(tl.float32)
-        # Threads of this program read what others of it have just written.
-        tl.debug_barrier()
-        if place == RING - 1:
-            above, below = _stream(
-                q, keys, values, S, z, column, token, SCALE, H, K, V, F, RING, BLOCK_F, STAGES
-            )
-        else:
-            seen = (token <= place)[:, None] & (lane < K)[None, :]
-            past = tl.load(keys + token[:, None] * H * K + lane[None, :], mask=seen, other=0.0)
-            query = tl.load(q + lane, mask=lane < K, other=0.0).to(tl.float32)
-            s = tl.sum(query[None, :] * past.to(tl.float32), axis=1) * SCALE
-            a = tl.where(token <= place, 1.0 + s + 0.5 * s * s, 0.0)
-            above, below = _stream(
-                q, keys, values, S, z, column, token, SCALE, H, K, V, F, 0, BLOCK_F, STAGES
-            )
-            above += tl.sum(a[:, None] * values, axis=0)
-            below += tl.sum(a)
-    tl.store(out_ptr + (row * H + head) * V + column, above / below, mask=column < V)
+        values = ring_v_ptr + (row * RING * H + head) * V
+        older = token < place
+        cell = keys + token[:, None] * H * K + lane[None, :]
+        past = tl.load(cell, mask=older[:, None] & held[None, :], other=0.0).to(tl.float32)
+        cell = values + token[:, None] * H * V + column[None, :]
+        kept = tl.load(cell, mask=older[:, None] & inside[None, :], other=0.0).to(tl.float32)
+        query = tl.load(q + lane, mask=held, other=0.0).to(tl.float32)
+        key = tl.load(k + lane, mask=held, other=0.0)
+        tl.store(values + place * H * V + column, newest, mask=inside)
+        if part == 0:
+            tl.store(keys + place * H * K + lane, key, mask=held)
+        s = tl.sum(query[None, :] * past, axis=1) * SCALE
+        a = tl.where(older, 1.0 + s + 0.5 * s * s, 0.0)
+        s = tl.sum(query * key.to(tl.float32)) * SCALE
+        own = 1.0 + s + 0.5 * s * s
+        near = tl.sum(a[:, None] * kept, axis=0) + own * value
+        near_below = tl.sum(a) + own
+        above, below = _stream(q, k, value, S, z, column, SCALE, K, V, F, False, BLOCK_F, STAGES)
+        above += near
+        below += near_below
+    tl.store(out_ptr + (row * H + head) * V + column, above / below, mask=inside)
+
+
+@triton.jit
+@no_type_check
+def _fold_kernel(
+    numerator_ptr,
+    denominator_ptr,
+    ring_k_ptr,
+    ring_v_ptr,
+    seen_ptr,
+    rows,
+    programs,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    F: tl.constexpr,
+    RING: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """Adds full rings to their states: the programs share tiles of the rows that have one."""
+    TILES: tl.constexpr = (F + BLOCK_F - 1) // BLOCK_F
+    index, column, token = tl.arange(0, BLOCK_B), tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_R)
+    inside, held = column < V, token < RING
+    wait_for_previous(OVERLAP)
+    place = tl.load(seen_ptr + index, mask=index < rows, other=0) % RING
+    full = (place == RING - 1) & (index < rows)
+    order = tl.cumsum(full.to(tl.int32), 0)
+    count = tl.sum(full.to(tl.int32))
+    for item in range(tl.program_id(0), count * H * TILES, programs):
+        number, head, tile = item // (H * TILES), item // TILES % H, item % TILES
+        row = tl.sum(tl.where(full & (order == number + 1), index, 0)).to(tl.int64)
+        feature = tile * BLOCK_F + tl.arange(0, BLOCK_F)
+        real = feature < F
+        safe = tl.where(real, feature, 0)
+        z = denominator_ptr + (row * H + head) * F + feature
+        S = numerator_ptr + (row * H + head) * F * V + feature[:, None] * V + column[None, :]
+        present = real[:, None] & inside[None, :]
+        keys = ring_k_ptr + (row * RING * H + head) * K
+        phi = _feature(keys + tl.where(held, token, 0)[None, :] * H * K, safe[:, None], K)
+        phi = tl.where(held[None, :], phi, 0.0)
+        values = ring_v_ptr + (row * RING * H + head) * V
+        cell = values + token[:, None] * H * V + column[None, :]
+        v = tl.load(cell, mask=held[:, None] & inside[None, :], other=0.0).to(tl.float32)
+        # Products in three parts of TensorFloat32: a bfloat16 value is one of them, exactly.
+        added = tl.dot(phi, v, input_precision="tf32x3")
+        tl.store(S, tl.load(S, mask=present, other=0.0).to(tl.float32) + added, mask=present)
+        total = tl.load(z, mask=real, other=0.0).to(tl.float32) + tl.sum(phi, axis=1)
+        tl.store(z, total, mask=real)
 
 
 def taylor_step_kernel(
@@ -188,7 +231,11 @@ def taylor_step_kernel(
     (B, H, K), V, F = q.shape, v.shape[2], numerator.shape[2]
     out = torch.empty((B, H, V), dtype=v.dtype, device=v.device)
     ring = 0 if recent_keys is None else recent_keys.shape[1]
-    _taylor_step_kernel[(B, H)](
+    whole = triton.next_power_of_2(V)
+    tiles = dict(READ_MANY if B * H >= MANY else READ_FEW) if ring else {**WRITE, "BLOCK_V": whole}
+    tiles["BLOCK_V"] = min(tiles["BLOCK_V"], whole)
+    sizes = {"H": H, "K": K, "V": V, "F": F, "RING": ring}
+    _taylor_step_kernel[(B, H, triton.cdiv(V, tiles["BLOCK_V"]))](
         q,
         k,
         v,
@@ -203,16 +250,29 @@ def taylor_step_kernel(
         k.stride(0),
         v.stride(0),
         SCALE=K**-0.5,
-        H=H,
-        K=K,
-        V=V,
-        F=F,
-        RING=ring,
         BLOCK_K=triton.next_power_of_2(K),
-        BLOCK_V=triton.next_power_of_2(V),
-        # A matrix product has at least 16 of everything.
-        BLOCK_R=max(16, triton.next_power_of_2(ring)) if ring else 1,
+        BLOCK_R=triton.next_power_of_2(ring) if ring else 1,
+        **sizes,
         **overlap(q),
-        **(MANY if B * H >= PROGRAMS else FEW),
+        **tiles,
     )
+    if ring:
+        items = B * H * triton.cdiv(F, FOLD["BLOCK_F"])
+        programs = min(items, FOLD_PROGRAMS)
+        _fold_kernel[(programs,)](
+            numerator,
+            denominator,
+            recent_keys,
+            recent_values,
+            seen,
+            B,
+            programs,
+            # A matrix product has at least 16 of everything.
+            BLOCK_V=max(16, whole),
+            BLOCK_R=max(16, triton.next_power_of_2(ring)),
+            BLOCK_B=triton.next_power_of_2(B),
+            **sizes,
+            **overlap(q),
+            **FOLD,
+        )
     return out

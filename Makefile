@@ -2,7 +2,7 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 
-.PHONY: help demo test check soak bench tables format clean core dev
+.PHONY: help demo test check soak gpu bench tables format clean core dev
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -21,6 +21,9 @@ check: dev ## style, types, import order
 
 soak: dev ## long and random tests
 	@$(RUN) -m pytest -m soak
+
+gpu: dev ## the tests that want a GPU, and a dated row of what they found
+	@$(RUN) -m benchmarks.gpu_tests
 
 bench: core ## the CPU benchmarks, then README's tables
 	@$(RUN) -m benchmarks.taylor_cpu

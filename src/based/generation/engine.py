@@ -26,6 +26,7 @@ from based.generation.scheduler import Scheduler
 from based.generation.step import DecodeStep, Report, step_sizes
 from based.generation.text import TextStream
 from based.models import Decoder, DecoderState
+from based.ops.kernels import use_kernels
 from based.ops.token_sampling import SamplingRows, sample_tokens
 
 
@@ -49,12 +50,14 @@ class Engine:
         self.model, self._tokenizer = model, tokenizer
         self._eos_id = tokenizer.eos_id if tokenizer is not None else eos_id
         cuda = model.device.type == "cuda"
+        # Steps without kernels (float64) look at their data, and cannot be captured.
+        graphs = cuda and use_kernels(model.embedding.weight)
         slots = slot_count(model, self.config)
         self._one_shape = self.config.deterministic or not cuda
         self.pool = StatePool(model, slots, self.config.max_length, self.config.recent)
         sizes = [slots] if self._one_shape else step_sizes(slots, self.config.step_sizes)
         step = decode_step(model, self.config.quantize)
-        self._decode = DecodeStep(model, self.pool.state, sizes, step, graphs=cuda)
+        self._decode = DecodeStep(model, self.pool.state, sizes, step, graphs=graphs)
         self._decode.check()
         self.pool.wipe()
         self._scheduler = Scheduler(

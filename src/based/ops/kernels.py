@@ -9,7 +9,7 @@ from torch import Tensor
 INSTALLED = find_spec("triton") is not None
 # Set by the kernels' tests: Triton's interpreter runs them on the CPU, very slowly.
 INTERPRETING = False
-# Whether a kernel may start while the one before it ends, where a GPU can.
+# Whether a decode kernel may start while the one before it ends, where a GPU can.
 OVERLAP = True
 
 
@@ -33,8 +33,3 @@ def overlap(x: Tensor) -> dict[str, bool]:
     if able and torch.cuda.get_device_capability(x.device)[0] >= 9:
         return {"OVERLAP": True, "launch_pdl": True}
     return {"OVERLAP": False}
-
-
-def first_of_chain(x: Tensor) -> dict[str, bool]:
-    """Launch options of a kernel that itself waits in full, and lets the next one overlap it."""
-    return {"OVERLAP": overlap(x)["OVERLAP"]}

@@ -7,7 +7,6 @@ a_ti is g_t . v_i + delta_t, and a = 1 + s + s^2/2 has the derivative 1 + s.
 import triton
 import triton.language as tl
 
-from based.ops.overlap import wait_for_previous
 from based.ops.taylor_linear_attention.kernels.features import diagonal_selector
 from based.ops.taylor_linear_attention.kernels.reading import (
     add_rest,
@@ -66,12 +65,10 @@ def query_gradients(
     SCALE: tl.constexpr,
     PRECISION: tl.constexpr,
     DTYPE: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
     """d_q, [T, H, K], and g and delta for the kernels after it. Grid: segments x heads."""
     TILES: tl.constexpr = (K // 2 * KP + BF - 1) // BF
     STATE_FIRST: tl.constexpr = state_first(K)
-    wait_for_previous(OVERLAP)
     segment, head, begin, length, strip = segment_of(segments_ptr, H)
     inside = tl.load(segments_ptr + segment * 6 + 4) > 0
     if length > 0:
@@ -214,12 +211,10 @@ def key_gradients(
     SCALE: tl.constexpr,
     PRECISION: tl.constexpr,
     DTYPE: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
     """d_k, [T, H, K], and d_v, [T, H, V]. Grid: segments x heads."""
     TILES: tl.constexpr = (K // 2 * KP + BF - 1) // BF
     STATE_FIRST: tl.constexpr = state_first(K)
-    wait_for_previous(OVERLAP)
     segment, head, begin, length, strip = segment_of(segments_ptr, H)
     inside = tl.load(segments_ptr + segment * 6 + 5) == 0
     if length > 0:

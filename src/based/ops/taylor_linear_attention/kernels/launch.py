@@ -8,7 +8,6 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from based.ops.kernels import first_of_chain, overlap
 from based.ops.taylor_linear_attention.features import num_features
 from based.ops.taylor_linear_attention.kernels.gradients import key_gradients, query_gradients
 from based.ops.taylor_linear_attention.kernels.outputs import attend
@@ -160,8 +159,6 @@ def run_states(
         H,
         QUERIES=delta is not None,
         LENGTH=LENGTH,
-        # With delta there is a kernel before this one.
-        **(first_of_chain(x) if delta is None else overlap(x)),
         **constants,
     )
     if beyond[0] is None and not segments.carried:
@@ -182,7 +179,6 @@ def run_states(
             REVERSE=delta is not None,
             BLOCK=256,
             GROUP=16,
-            **overlap(x),
         )
         totals.append(total)
     return states, totals[0], totals[1]
@@ -236,7 +232,6 @@ def forward(
         shape.heads,
         HAS_STATE=states.strip_numerator.numel() > 0,
         DTYPE=shape.products,
-        **(overlap(q) if states.numerator.numel() else first_of_chain(q)),
         **constants,
     )
     return out, final, final_normaliser, inverse, states
@@ -280,7 +275,6 @@ def backward(
         H,
         HAS_STATE=states.strip_numerator.numel() > 0,
         DTYPE=shape.products,
-        **first_of_chain(q),
         **shape.constants(shape.tiles.query_gradients),
     )
     after = States(q.new_empty(0, dtype=shape.dtype), *nothing(q, 3))
@@ -304,7 +298,6 @@ def backward(
         H,
         HAS_STATE=after.strip_numerator.numel() > 0,
         DTYPE=shape.products,
-        **overlap(q),
         **shape.constants(shape.tiles.key_gradients),
     )
     return d_q, d_k, d_v, d_initial, d_initial_normaliser

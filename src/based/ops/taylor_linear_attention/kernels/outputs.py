@@ -3,7 +3,6 @@
 import triton
 import triton.language as tl
 
-from based.ops.overlap import wait_for_previous
 from based.ops.taylor_linear_attention.kernels.features import diagonal_selector
 from based.ops.taylor_linear_attention.kernels.reading import (
     add_rest,
@@ -53,7 +52,6 @@ def attend(
     SCALE: tl.constexpr,
     PRECISION: tl.constexpr,
     DTYPE: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
     """out_t = (phi(q_t) S + sum_i a_ti v_i) / (phi(q_t) z + sum_i a_ti), i in t's segment.
 
@@ -62,7 +60,6 @@ def attend(
     """
     TILES: tl.constexpr = (K // 2 * KP + BF - 1) // BF
     STATE_FIRST: tl.constexpr = state_first(K)
-    wait_for_previous(OVERLAP)
     segment, head, begin, length, strip = segment_of(segments_ptr, H)
     inside = tl.load(segments_ptr + segment * 6 + 4) > 0
     if length > 0:

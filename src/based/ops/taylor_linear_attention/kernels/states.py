@@ -3,7 +3,6 @@
 import triton
 import triton.language as tl
 
-from based.ops.overlap import wait_for_previous
 from based.ops.taylor_linear_attention.kernels.features import (
     diagonal_places,
     diagonal_selector,
@@ -44,13 +43,11 @@ def sum_states(
     LENGTH: tl.constexpr,
     SCALE: tl.constexpr,
     PRECISION: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
     """sum_t phi(x_t) y_t^T and sum_t phi(x_t) w_t over the tokens of a strip.
 
     Grid: strips x heads, diagonal tiles x value tiles. w is 1 for keys, delta for queries.
     """
-    wait_for_previous(OVERLAP)
     strip, head = tl.program_id(0).to(tl.int64) // H, tl.program_id(0) % H
     TILES: tl.constexpr = (K // 2 * KP + BF - 1) // BF
     ROWS: tl.constexpr = 64  # of one product; features repeat x every KP of them
@@ -212,10 +209,8 @@ def carry_states(
     REVERSE: tl.constexpr,
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,  # strips in flight together
-    OVERLAP: tl.constexpr,
 ):
     """Exclusive running sum over the strips of each sequence. Grid: sequences, heads, blocks."""
-    wait_for_previous(OVERLAP)
     sequence, head = tl.program_id(0), tl.program_id(1)
     element = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     inside = element < E

@@ -12,20 +12,23 @@ USUAL = {"window": None, "recent": 16, "deterministic": False, "quantize": None}
 USUAL |= {"overlap": True, "fused": True}
 
 
+def is_usual(row: dict[str, Any]) -> bool:
+    """Whether a row of rounds was measured with the engine's defaults."""
+    return all(row[name] == USUAL[name] for name in USUAL)
+
+
 def draw() -> Path:
     from matplotlib.figure import Figure
 
     rows = [row for row in read_rows("generation") if "tokens_per_second" in row]
     figure = Figure(figsize=(12, 3.8), layout="constrained")
     by_batch, by_context, memory = figure.subplots(1, 3)
-    decoded = [
-        row
-        for row in rows
-        if row["piece"] == "decode" and all(row[name] == USUAL[name] for name in USUAL)
-    ]
+    decoded = [row for row in rows if row["piece"] == "decode" and is_usual(row)]
     for (name, context), line in _lines(decoded, "model", "context").items():
         _curve(by_batch, line, "batch", f"{name}, {context:,}")
     for (name, batch), line in _lines(decoded, "model", "batch").items():
+        if len(line) < 2:
+            continue  # one context says nothing about the others
         _curve(by_context, line, "context", f"{name}, batch {batch}")
     for (name, context), line in _lines(decoded, "model", "context").items():
         line.sort(key=lambda row: row["batch"])

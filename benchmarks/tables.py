@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from based.models.command import human
+from benchmarks.generation_plot import is_usual
 from benchmarks.rows import read_rows
 
 README = Path(__file__).parents[1] / "README.md"
@@ -109,6 +110,28 @@ def prefill() -> str:
     return markdown(headings, body) + "\n\n" + measured_on(rows[0])
 
 
+def generation() -> str:
+    """Rounds of the engine as users have it: rows of other choices are in the file alone."""
+    rows = [row for row in read_rows("generation") if row["piece"] == "decode" and is_usual(row)]
+    rows.sort(key=lambda row: (row["model"], row["context"], row["batch"]))
+    body = [
+        [
+            row["model"],
+            f"{row['context']:,}",
+            f"{row['batch']:,}",
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['ms_per_step']:.2f}",
+            f"{row['floor_ms'] / row['ms_per_step']:.0%}",
+            f"{row['peak_bytes'] / 1e9:.1f} GB",
+        ]
+        for row in rows
+    ]
+    headings = ["model", "context", "batch", "tokens/s", "ms a step", "of the floor", "memory"]
+    commits = dict.fromkeys(row["commit"] for row in rows)
+    found = {**rows[0], "commit": " and ".join(commits)}
+    return markdown(headings, body) + "\n\n" + measured_on(found)
+
+
 def measured_on(row: dict) -> str:
     return f"{row['device']}, torch {row['torch']}, commit {row['commit']}, {row['date']}."
 
@@ -120,6 +143,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "windows": windows,
     "convolutions": convolutions,
     "prefill": prefill,
+    "generation": generation,
 }
 
 

@@ -1,8 +1,12 @@
-"""Results as JSON lines, each row with the device, versions and commit it was measured with."""
+"""Results as JSON lines, each row with the device, versions and commit it was measured with.
+
+BASED_RESULTS is another directory for them, BASED_COMMIT the commit where git is not.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -16,7 +20,7 @@ import torch
 
 from based import __version__
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("BASED_RESULTS", Path(__file__).parent / "results"))
 
 
 def device_name() -> str:
@@ -33,17 +37,20 @@ def device_name() -> str:
 
 def provenance() -> dict[str, str]:
     """What every row carries."""
-    git = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
-    commit = subprocess.run(
-        git, capture_output=True, text=True, check=False, cwd=Path(__file__).parent
-    )
     return {
         "device": device_name(),
         "torch": torch.__version__,
         "based": __version__,
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": os.environ.get("BASED_COMMIT") or _commit(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }
+
+
+def _commit() -> str:
+    git = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+    here = Path(__file__).parent
+    found = subprocess.run(git, capture_output=True, text=True, check=False, cwd=here)
+    return found.stdout.strip() or "unknown"
 
 
 def write_rows(name: str, rows: list[dict[str, Any]]) -> Path:

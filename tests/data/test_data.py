@@ -173,6 +173,29 @@ def test_a_corpus_of_one_token_is_one_clear_line(tmp_path) -> None:
         Windows(TokenDataset(tmp_path / "out"), length=8)
 
 
+def test_a_bit_that_changed_is_found_where_it_is_read(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(shards_module, "BLOCK_TOKENS", 10)
+    (tmp_path / "a.txt").write_text(TEXT)
+    prepare([tmp_path / "a.txt"], tmp_path / "out", 300)
+    before = TokenDataset(tmp_path / "out").read(0, 60)
+    shard = tmp_path / "out" / "train-00000.npy"
+    array = np.load(shard)
+    array[35] ^= 1
+    np.save(shard, array)
+    damaged = TokenDataset(tmp_path / "out")
+    assert (damaged.read(0, 30) == before[:30]).all()
+    assert (damaged.read(40, 20) == before[40:]).all()
+    with pytest.raises(BasedError, match=r"train-00000.npy is damaged: .* 10 tokens from 30 on"):
+        damaged.read(25, 10)
+    # Shards of earlier versions have no checksums, and are read as they are.
+    meta = json.loads((tmp_path / "out" / "meta.json").read_text())
+    for split in meta["splits"].values():
+        for described in split["shards"]:
+            del described["crc32"]
+    (tmp_path / "out" / "meta.json").write_text(json.dumps(meta))
+    assert (TokenDataset(tmp_path / "out").read(0, 60) != before).sum() == 1
+
+
 def test_damaged_shards(tmp_path) -> None:
     (tmp_path / "a.txt").write_text(TEXT)
     prepare([tmp_path / "a.txt"], tmp_path / "out", 300)

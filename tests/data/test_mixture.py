@@ -66,6 +66,5 @@ def test_an_id_that_is_no_token_is_refused(parts) -> None:
     array[100] = 60000
     np.save(shard, array)
     damaged = TokenDataset(parts[0].dataset.path)
-    assert len(damaged.read(0, 100)) == 100
-    with pytest.raises(BasedError, match=r"shard 0 of .* is damaged: it holds token 60000"):
+    with pytest.raises(BasedError, match=r"train-00000.npy is damaged: it holds token 60000"):
         damaged.read(90, 20)

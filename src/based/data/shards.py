@@ -2,12 +2,14 @@
 
 A data directory holds `meta.json`, `tokenizer.json`, and for each split its
 shards `SPLIT-00000.npy`, ... as one-dimensional uint16 (or uint32) arrays.
-Documents follow each other, each ended by the end-of-text token.
+Documents follow each other, each ended by the end-of-text token. `meta.json` has a
+checksum of every block of tokens, which is compared when a block is first read.
 """
 
 from __future__ import annotations
 
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from based.errors import BasedError
 
 FORMAT = 1
 SHARD_TOKENS = 1 << 27
+# Tokens that share a checksum.
+BLOCK_TOKENS = 1 << 20
 
 
 class ShardWriter:
@@ -54,8 +58,12 @@ class ShardWriter:
         if not self._open_tokens:
             return
         name = f"{self._split}-{len(self.shards):05d}.npy"
-        np.save(self._folder / name, np.concatenate(self._open))
-        self.shards.append({"file": name, "tokens": self._open_tokens})
+        array = np.concatenate(self._open)
+        np.save(self._folder / name, array)
+        starts = range(0, len(array), BLOCK_TOKENS)
+        checksums = [zlib.crc32(array[start : start + BLOCK_TOKENS]) for start in starts]
+        shard = {"file": name, "tokens": len(array), "block": BLOCK_TOKENS, "crc32": checksums}
+        self.shards.append(shard)
         self._open, self._open_tokens = [], 0
 
 
@@ -72,7 +80,10 @@ class TokenDataset:
         self.bytes_per_token: float = meta["splits"][split]["bytes"] / max(
             sum(shard["tokens"] for shard in shards), 1
         )
+        self._shards = shards
         self._arrays = [self._open(shard["file"], shard["tokens"]) for shard in shards]
+        #: Blocks that were found to be what was packed, (shard, block).
+        self._whole: set[tuple[int, int]] = set()
         self._starts = np.cumsum([0, *(len(array) for array in self._arrays)])
 
     def __len__(self) -> int:
@@ -87,7 +98,7 @@ class TokenDataset:
         while count > 0:
             offset = start - int(self._starts[shard])
             part = self._arrays[shard][offset : offset + count]
-            self._check(part, shard)
+            self._check(part, shard, offset)
             parts.append(part)
             start, count, shard = start + len(part), count - len(part), shard + 1
         return np.concatenate([np.empty(0, np.int64), *parts]).astype(np.int64)
@@ -96,13 +107,32 @@ class TokenDataset:
         """The tokenizer that made the tokens."""
         return Tokenizer.load(self.path)
 
-    def _check(self, part: np.ndarray, shard: int) -> None:
-        """Refuses ids that the tokenizer does not have, before they index an embedding."""
+    def _check(self, part: np.ndarray, shard: int, offset: int) -> None:
+        """Refuses what is not what was packed, and ids that no embedding has."""
+        damage = self._changed(shard, offset, offset + len(part))
         if part.size and part.max() >= self.vocab_size:
+            damage = f"holds token {part.max()}, and there are {self.vocab_size}"
+        if damage:
             raise BasedError(
-                f"shard {shard} of {self.path} is damaged: it holds token {part.max()}, and "
-                f"there are {self.vocab_size}; pack the text anew with `based data`"
+                f"shard {self.path / self._shards[shard]['file']} is damaged: it {damage}; "
+                "pack the text anew with `based data`"
             )
+
+    def _changed(self, shard: int, begin: int, end: int) -> str:
+        """What differs in the blocks of tokens begin .. end; each is looked at once."""
+        meta = self._shards[shard]
+        # Shards of earlier versions have no checksums.
+        if "crc32" not in meta:
+            return ""
+        size = meta["block"]
+        for block in range(begin // size, -(-end // size)):
+            if (shard, block) in self._whole:
+                continue
+            tokens = np.ascontiguousarray(self._arrays[shard][block * size : (block + 1) * size])
+            if zlib.crc32(tokens) != meta["crc32"][block]:
+                return f"is not what was packed, in its {size:,} tokens from {block * size:,} on"
+            self._whole.add((shard, block))
+        return ""
 
     def _open(self, name: str, tokens: int) -> np.ndarray:
         try:

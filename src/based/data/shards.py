@@ -61,7 +61,7 @@ class ShardWriter:
         array = np.concatenate(self._open)
         np.save(self._folder / name, array)
         starts = range(0, len(array), BLOCK_TOKENS)
-        checksums = [zlib.crc32(array[start : start + BLOCK_TOKENS]) for start in starts]
+        checksums = [zlib.crc32(array[start : start + BLOCK_TOKENS].data) for start in starts]
         shard = {"file": name, "tokens": len(array), "block": BLOCK_TOKENS, "crc32": checksums}
         self.shards.append(shard)
         self._open, self._open_tokens = [], 0
@@ -129,7 +129,7 @@ class TokenDataset:
             if (shard, block) in self._whole:
                 continue
             tokens = np.ascontiguousarray(self._arrays[shard][block * size : (block + 1) * size])
-            if zlib.crc32(tokens) != meta["crc32"][block]:
+            if zlib.crc32(tokens.data) != meta["crc32"][block]:
                 return f"is not what was packed, in its {size:,} tokens from {block * size:,} on"
             self._whole.add((shard, block))
         return ""

@@ -7,7 +7,8 @@ Times are medians of replayed CUDA graphs (`timing.py`), in bfloat16, normaliser
 state included for ours. Each is a row of results/kernels.jsonl as soon as it is made; a row
 that this device has at this commit is not measured again. Softmax attention
 (FlashAttention-2 and cuDNN, through torch) has the same batch, heads, tokens and head_dim;
-flash-linear-attention's Based kernels run if `fla` is installed. The floor is the larger of
+flash-linear-attention's Based kernels run if `fla` is installed, and ThunderKittens' (the
+numerator alone, launch by launch) with `--thunderkittens CHECKOUT`. The floor is the larger of
 two times: all inputs, outputs and gradients moved once at this GPU's copy rate, and the
 flops of an ideal pass (for Taylor linear attention a chunked one) at its matrix-product
 rate.
@@ -17,7 +18,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -30,9 +33,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from based.ops.sliding_window_attention import blocked, sliding_window_attention
 from based.ops.taylor_linear_attention import num_features, taylor_linear_attention
-from benchmarks import pointwise
+from benchmarks import pointwise, thunderkittens
 from benchmarks.rows import RESULTS, add_row, device_name, has_row, read_rows
-from benchmarks.timing import Case, Cells, Function, Rates, compiled, draw, rates, rows_of
+from benchmarks.timing import (
+    Case,
+    Cell,
+    Cells,
+    Function,
+    Rates,
+    compiled,
+    draw,
+    rates,
+    rows_of,
+    timed,
+)
 
 FEATURE_DIM, CHUNK = 16, 128
 # Quadratic forms are not timed where a pass would take seconds.
@@ -123,11 +137,12 @@ def taylor_floor(case: Case, rates: Rates) -> tuple[float, float]:
     return rates.floor(size, flops), rates.floor(3 * size, 3 * flops)
 
 
-def taylor(rates: Rates) -> Cells:
+def taylor(rates: Rates, checkout: Path | None = None) -> Cells:
     softmax = {
         "FlashAttention-2": attention(SDPBackend.FLASH_ATTENTION),
         "cuDNN attention": attention(SDPBackend.CUDNN_ATTENTION),
     }
+    kittens = None if checkout is None else thunderkittens.load(checkout)
     for case in TAYLOR:
         B, H, T, D = case
         peers, floors = taylor_peers(), taylor_floor(case, rates)
@@ -135,9 +150,24 @@ def taylor(rates: Rates) -> Cells:
             peers.pop("fla parallel", None)
         inputs = [draw(B, T, H, size) for size in (FEATURE_DIM, FEATURE_DIM, D)]
         yield from rows_of("taylor_linear_attention", case, peers, inputs, floors)
+        if kittens is not None and thunderkittens.takes(case):
+            yield _kittens_cell(kittens, case, floors[0])
         if T <= QUADRATIC_LIMIT:
             q, k, v = (draw(B, T, H, D) for _ in range(3))
             yield from rows_of("taylor_linear_attention", case, softmax, [q, k, v], floors)
+
+
+def _kittens_cell(kittens: Function, case: Case, floor: float) -> Cell:
+    sizes = {"op": "taylor_linear_attention", **case._asdict()}
+    key = {**sizes, "direction": "forward", "implementation": "ThunderKittens"}
+
+    def measure() -> dict[str, Any] | None:
+        B, H, T, D = case
+        inputs = [draw(B, H, T, size).detach() for size in (FEATURE_DIM, FEATURE_DIM, D)]
+        ms = timed(kittens, inputs, both=False, graph=False)
+        return None if ms is None else {"ms": ms, "floor_ms": floor}
+
+    return key, measure
 
 
 def windows(rates: Rates) -> Cells:
@@ -166,14 +196,17 @@ class Options:
     """Which kernels are timed."""
 
     ops: Annotated[tuple[str, ...], tyro.conf.Positional] = tuple(OPS)
+    thunderkittens: Path | None = None
+    """A checkout of ThunderKittens, whose kernel is then built and timed (numerator alone)."""
 
 
 def main() -> None:
     options, limits = tyro.cli(Options), rates()
     Console().print(f"copy {limits.copy / 1e12:.2f} TB/s, {limits.product / 1e12:.0f} TFLOP/s")
     found = {"copy_tb_s": limits.copy / 1e12, "product_tflop_s": limits.product / 1e12}
+    ops = {**OPS, "taylor_linear_attention": partial(taylor, checkout=options.thunderkittens)}
     for op in options.ops:
-        for key, measure in OPS[op](limits):
+        for key, measure in ops[op](limits):
             values = None if has_row("kernels", key) else measure()
             if values is not None:
                 add_row("kernels", key, {**values, **found})

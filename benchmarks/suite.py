@@ -116,14 +116,14 @@ def main(options: Options) -> None:
                 return
 
 
-def _start(command: str, **options: Any) -> subprocess.Popen[bytes]:
+def _start(command: str, **options: Any) -> subprocess.Popen[Any]:
     """In a process group of its own: some benchmarks start others."""
     name, *rest = command.split()
     words = [sys.executable, "-m", f"benchmarks.{name}", *rest]
     return subprocess.Popen(words, cwd=ROOT, start_new_session=True, **options)
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
+def _stop(process: subprocess.Popen[Any]) -> None:
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 

@@ -61,7 +61,8 @@ def taylor_cpu() -> str:
 
 
 def kernels() -> str:
-    names = ("based", "fla parallel", "fla fused_chunk", "FlashAttention-2", "cuDNN attention")
+    names = ("based", "fla parallel", "fla fused_chunk", "ThunderKittens", "FlashAttention-2")
+    names += ("cuDNN attention",)
     sizes = {name: name for name in ("batch", "tokens", "head_dim", "direction")}
     return side_by_side("taylor_linear_attention", sizes, names)
 

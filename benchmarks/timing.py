@@ -15,7 +15,8 @@ from benchmarks.rows import median_seconds
 
 Function = Callable[..., Any]
 # Keys of rows, and how each is measured; None where it cannot be.
-Cells = Iterator[tuple[dict[str, Any], Callable[[], dict[str, Any] | None]]]
+Cell = tuple[dict[str, Any], Callable[[], dict[str, Any] | None]]
+Cells = Iterator[Cell]
 DEVICE = "cuda"
 
 
@@ -39,15 +40,16 @@ class Rates(NamedTuple):
         return 1e3 * max(moved / self.copy, flops / self.product)
 
 
-def milliseconds(function: Callable[[], object]) -> float:
+def milliseconds(function: Callable[[], object], graph: bool = True) -> float:
     """Median of CUDA events around replays of a graph; the cache is cold before every one.
 
-    Replayed, because the host's part, launch after launch, would be timed otherwise.
+    Replayed, because the host's part, launch after launch, would be timed otherwise. What
+    no graph can hold is called.
     """
     from triton.testing import do_bench
 
-    replay = recorded(function).replay
-    result: Any = do_bench(replay, warmup=5, rep=40, return_mode="median")
+    call = recorded(function).replay if graph else function
+    result: Any = do_bench(call, warmup=5, rep=40, return_mode="median")
     return result
 
 
@@ -117,12 +119,12 @@ def compiled(function: Function) -> Function:
     return torch.compile(function, dynamic=False)
 
 
-def timed(function: Function, inputs: list[Tensor], both: bool) -> float | None:
+def timed(function: Function, inputs: list[Tensor], both: bool, graph: bool = True) -> float | None:
     """Forward, or forward and backward to all inputs; None where it cannot run."""
     try:
         with torch.set_grad_enabled(both):
             if not both:
-                return milliseconds(lambda: function(*inputs))
+                return milliseconds(lambda: function(*inputs), graph)
             weights = [torch.randn_like(out) for out in _outputs(function(*inputs))]
             return milliseconds(
                 lambda: torch.autograd.grad(_outputs(function(*inputs)), inputs, weights)

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import pointwise, timing
-from benchmarks.timing import Rates
+from based.errors import BasedError
+from benchmarks import kernels, pointwise, timing
+from benchmarks.timing import Case, Rates
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +22,7 @@ def _small_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("op", pointwise.OPS)
 def test_implementations_of_an_op_agree(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     results: list[object] = []
-    monkeypatch.setattr(timing, "milliseconds", lambda function: results.append(function()) or 2.0)
+    monkeypatch.setattr(timing, "milliseconds", lambda call, graph: results.append(call()) or 2.0)
     first: dict[tuple[object, ...], list[Tensor]] = {}
     for key, measure in pointwise.OPS[op](Rates(1e9, 1e9)):
         values = measure()
@@ -33,3 +34,16 @@ def test_implementations_of_an_op_agree(op: str, monkeypatch: pytest.MonkeyPatch
             for a, b in zip(got, first.setdefault(case, list(got)), strict=True):
                 torch.testing.assert_close(a.view_as(b), b, rtol=2e-2, atol=2e-2)
     assert len(first) == 2
+
+
+def test_thunderkittens_is_a_row_where_its_kernel_fits(tmp_path, monkeypatch) -> None:
+    assert kernels.thunderkittens.takes(Case(1, 16, 4096, 64))
+    assert not kernels.thunderkittens.takes(Case(1, 16, 4096, 112))
+    assert not kernels.thunderkittens.takes(Case(1, 16, 100, 64))
+    with pytest.raises(BasedError, match="no checkout of ThunderKittens"):
+        kernels.thunderkittens.load(tmp_path)
+    monkeypatch.setattr(timing, "milliseconds", lambda call, graph: 2.0 if not graph else None)
+    monkeypatch.setattr(kernels, "draw", lambda *shape: torch.zeros(shape))
+    key, measure = kernels._kittens_cell(torch.add, Case(2, 3, 64, 64), 0.5)
+    assert (key["implementation"], key["direction"]) == ("ThunderKittens", "forward")
+    assert measure() == {"ms": 2.0, "floor_ms": 0.5}

@@ -22,7 +22,7 @@ def _small_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("op", pointwise.OPS)
 def test_implementations_of_an_op_agree(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     results: list[object] = []
-    monkeypatch.setattr(timing, "milliseconds", lambda call, graph: results.append(call()) or 2.0)
+    monkeypatch.setattr(timing, "milliseconds", lambda call, *_: results.append(call()) or 2.0)
     first: dict[tuple[object, ...], list[Tensor]] = {}
     for key, measure in pointwise.OPS[op](Rates(1e9, 1e9)):
         values = measure()

@@ -17,6 +17,7 @@ from based.ops.taylor_linear_attention import decode as taylor
 from based.ops.taylor_linear_attention.decode import taylor_step_kernel
 from based.ops.taylor_linear_attention.features import key_features
 from based.ops.taylor_linear_attention.reference import taylor_linear_attention_reference
+from based.ops.token_sampling import decode as sampling
 from based.ops.token_sampling.decode import sample_tokens_kernel
 from based.ops.token_sampling.reference import sample_tokens_reference
 
@@ -203,8 +204,12 @@ def test_swiglu(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_sampling_draws_the_reference_s_tokens(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("few", [0, 16])
+def test_sampling_draws_the_reference_s_tokens(
+    few: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Ties, cuts of every kind, rows that are not finite; the last rows are greedy."""
+    monkeypatch.setattr(sampling, "FEW", few)
     rows, vocab = 16, 150
     logits = (3 * draw(rows, vocab)).to(dtype)
     logits[4:9] = logits[4:9].round()

@@ -1,5 +1,8 @@
 """Sampling without a sort: one program a row, a few passes over logits that the cache holds.
 
+Where rows are few the first pass, the only one of greedy rows, is shared by programs of
+a kernel of its own.
+
 Thresholds of top-k and top-p are found by an eight-way search over the order of
 float32 keys, so ties are cut exactly as the sorted reference cuts them. Rows that
 do not use an option skip its passes: greedy rows make one pass. Each lane keeps
@@ -8,6 +11,7 @@ sums of its own, joined at a pass's end.
 
 from typing import no_type_check
 
+import torch
 import triton
 import triton.language as tl
 from jaxtyping import Float, Int
@@ -21,6 +25,8 @@ BLOCK = 4096
 STAGES = tl.constexpr(3)
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 LAUNCH = {"num_warps": 8}
+# Rows up to which a row's first pass is divided, and parts of each.
+FEW, PARTS = 16, 16
 
 
 @triton.jit
@@ -85,8 +91,56 @@ def _above(logits, vocab, temperature, top, key, BLOCK: tl.constexpr):
 
 @triton.jit
 @no_type_check
+def _scan(logits, begin, end, BLOCK: tl.constexpr):
+    """Of ids begin .. end: the largest logit, the sum of exp(x - it), its id, how many are bad."""
+    peaks, totals = tl.full((BLOCK,), LOWEST, tl.float32), tl.zeros((BLOCK,), tl.float32)
+    best, strangers = tl.zeros((BLOCK,), tl.int32), tl.zeros((BLOCK,), tl.int32)
+    for first in tl.range(begin, end, BLOCK, num_stages=STAGES):
+        ids = first + tl.arange(0, BLOCK)
+        x = tl.load(logits + ids, mask=ids < end, other=float("-inf")).to(tl.float32)
+        strange = ((x != x) | (tl.abs(x) == float("inf"))) & (ids < end)
+        strangers += strange.to(tl.int32)
+        x = tl.where(strange, 0.0, x)
+        best = tl.where(x > peaks, ids, best)
+        higher = tl.maximum(peaks, x)
+        totals = totals * tl.exp(peaks - higher) + tl.exp(x - higher)
+        peaks = higher
+    peak = tl.max(peaks)
+    total = tl.sum(totals * tl.exp(peaks - peak))
+    return peak, total, tl.min(tl.where(peaks == peak, best, end)), tl.sum(strangers)
+
+
+@triton.jit
+@no_type_check
+def _scan_kernel(
+    logits_ptr,
+    parts_ptr,  # [rows, PARTS, 4]
+    vocab: tl.constexpr,
+    stride: tl.constexpr,
+    SHARE: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    begin = part * SHARE
+    wait_for_previous(OVERLAP)
+    peak, total, token, bad = _scan(
+        logits_ptr + row * stride, begin, tl.minimum(begin + SHARE, vocab), BLOCK
+    )
+    found = parts_ptr + (row * PARTS + part) * 4
+    tl.store(found, peak)
+    tl.store(found + 1, total)
+    # Ids as bits: a float32 counts to 2^24 alone.
+    tl.store(found + 2, token.to(tl.float32, bitcast=True))
+    tl.store(found + 3, bad.to(tl.float32))
+
+
+@triton.jit
+@no_type_check
 def _sample_kernel(
     logits_ptr,
+    parts_ptr,
     temperature_ptr,
     top_k_ptr,
     top_p_ptr,
@@ -96,27 +150,22 @@ def _sample_kernel(
     logprobs_ptr,
     vocab: tl.constexpr,
     stride: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     row = tl.program_id(0)
     logits = logits_ptr + row.to(tl.int64) * stride
-    peaks, totals = tl.full((BLOCK,), LOWEST, tl.float32), tl.zeros((BLOCK,), tl.float32)
-    best, strangers = tl.zeros((BLOCK,), tl.int32), tl.zeros((BLOCK,), tl.int32)
     wait_for_previous(OVERLAP)
-    for first in tl.range(0, vocab, BLOCK, num_stages=STAGES):
-        ids = first + tl.arange(0, BLOCK)
-        x = tl.load(logits + ids, mask=ids < vocab, other=float("-inf")).to(tl.float32)
-        strange = ((x != x) | (tl.abs(x) == float("inf"))) & (ids < vocab)
-        strangers += strange.to(tl.int32)
-        x = tl.where(strange, 0.0, x)
-        best = tl.where(x > peaks, ids, best)
-        higher = tl.maximum(peaks, x)
-        totals = totals * tl.exp(peaks - higher) + tl.exp(x - higher)
-        peaks = higher
-    peak, bad = tl.max(peaks), tl.sum(strangers)
-    total = tl.sum(totals * tl.exp(peaks - peak))
-    token = tl.min(tl.where(peaks == peak, best, vocab))
+    if PARTS > 1:
+        scanned = parts_ptr + (row.to(tl.int64) * PARTS + tl.arange(0, PARTS)) * 4
+        peaks = tl.load(scanned)
+        peak, bad = tl.max(peaks), tl.sum(tl.load(scanned + 3))
+        total = tl.sum(tl.load(scanned + 1) * tl.exp(peaks - peak))
+        best = tl.load(scanned + 2).to(tl.int32, bitcast=True)
+        token = tl.min(tl.where(peaks == peak, best, vocab))
+    else:
+        peak, total, token, bad = _scan(logits, 0, vocab, BLOCK)
     position = tl.load(position_ptr + row)
     temperature = tl.load(temperature_ptr + row)
     if (temperature > 0) & (bad == 0):
@@ -184,8 +233,27 @@ def sample_tokens_kernel(
     Advances `position`. `logits` has contiguous rows.
     """
     rows, vocab = logits.shape
+    # Constants, so that rows are known to be aligned.
+    sizes = {"vocab": vocab, "stride": logits.stride(0)}
+    parts = PARTS if rows <= FEW else 1
+    scanned = logits
+    if parts > 1:
+        scanned = logits.new_empty((rows, parts, 4), dtype=torch.float32)
+        share = triton.cdiv(triton.cdiv(vocab, parts), 16) * 16
+        smaller = min(block, triton.next_power_of_2(share))
+        _scan_kernel[(rows, parts)](
+            logits,
+            scanned,
+            SHARE=share,
+            PARTS=parts,
+            BLOCK=smaller,
+            **sizes,
+            **overlap(logits),
+            **LAUNCH,
+        )
     _sample_kernel[(rows,)](
         logits,
+        scanned,
         temperature,
         top_k,
         top_p,
@@ -193,10 +261,9 @@ def sample_tokens_kernel(
         position,
         tokens,
         logprobs,
-        # Constants, so that rows are known to be aligned.
-        vocab=vocab,
-        stride=logits.stride(0),
+        PARTS=parts,
         BLOCK=block,
+        **sizes,
         **overlap(logits),
         **LAUNCH,
     )

@@ -91,6 +91,18 @@ def test_compiled_mixer_is_the_eager_one_without_graph_breaks() -> None:
         ((16, 192, torch.float32), "float32 with a head_dim over 128, at feature_dim 16"),
         ((32, 112, torch.float32), "float32 with a head_dim over 64, at feature_dim 32"),
         ((16, 112, torch.bfloat16), None),
+        ((16, 112, torch.bfloat16, 163 * 1024), None),
+        (
+            (16, 112, torch.bfloat16, 99 * 1024),
+            "feature_dim 16 with head_dim 112 in torch.bfloat16 takes 128 KB of shared memory, "
+            "and this GPU has 99",
+        ),
+        ((32, 64, torch.float16, 99 * 1024), None),
+        (
+            (24, 65, torch.bfloat16, 163 * 1024),
+            "feature_dim 24 with head_dim 65 in torch.bfloat16 takes 168 KB of shared memory, "
+            "and this GPU has 163",
+        ),
     ],
 )
 def test_what_no_kernel_takes(call, reason: str | None) -> None:

@@ -1,5 +1,6 @@
 """When the Triton kernels are used, and how they follow each other."""
 
+from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -21,6 +22,15 @@ def use_kernels(x: Tensor) -> bool:
 def are_wanted(x: Tensor) -> bool:
     """Whether a user would expect a kernel: float64 is for exactness, and runs in PyTorch."""
     return (x.is_cuda or INTERPRETING) and x.numel() > 0 and x.element_size() <= 4
+
+
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a block may have on a GPU; on Hopper and later every kernel has enough."""
+    if not torch.cuda.is_available():  # traced for a GPU that is not there
+        return 1 << 20
+    properties = torch.cuda.get_device_properties(device)
+    return properties.shared_memory_per_block_optin if properties.major < 9 else 1 << 20
 
 
 def overlap(x: Tensor) -> dict[str, bool]:

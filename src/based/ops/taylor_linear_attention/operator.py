@@ -61,14 +61,27 @@ def _takes_kernels(q: Tensor, v: Tensor) -> bool:
     # The kernels' own tests call them; the operator's compare its CPU form.
     if not q.is_cuda or not kernels.are_wanted(q):
         return False
-    reason = _unsupported(q.shape[3], v.shape[3], q.dtype)
+    room = kernels.shared_memory(q.device)
+    reason = _unsupported(q.shape[3], v.shape[3], q.dtype, room)
     if reason is not None:
         warn_once(f"Taylor linear attention takes the slower PyTorch path: {reason}")
     return reason is None
 
 
-def _unsupported(feature_dim: int, head_dim: int, dtype: torch.dtype) -> str | None:
-    """Why no kernel takes such a call; None if one does."""
+# Kilobytes of shared memory that `key_gradients`, which has most, takes before Hopper: with
+# float32 or not, feature_dim over 16 or not, at a head_dim up to each of these.
+SHARED_MEMORY = {
+    (False, False): {64: 72, 128: 128, 256: 208},
+    (False, True): {64: 96, 128: 168, 256: 196},
+    (True, False): {64: 86, 128: 158},
+    (True, True): {64: 172},
+}
+
+
+def _unsupported(
+    feature_dim: int, head_dim: int, dtype: torch.dtype, room: int = 1 << 20
+) -> str | None:
+    """Why no kernel takes such a call on a GPU whose blocks have `room` bytes; None if one does."""
     if feature_dim not in FEATURE_DIMS:
         return f"feature_dim {feature_dim} is not one of {FEATURE_DIMS}"
     if head_dim > LARGEST_HEAD_DIM:
@@ -76,6 +89,13 @@ def _unsupported(feature_dim: int, head_dim: int, dtype: torch.dtype) -> str | N
     if dtype == torch.float32 and head_dim > (limit := 128 if feature_dim <= 16 else 64):
         # States would not fit the shared memory: each is split in two, for tf32x3.
         return f"float32 with a head_dim over {limit}, at feature_dim {feature_dim}"
+    needs = SHARED_MEMORY[dtype == torch.float32, feature_dim > 16]
+    kilobytes = next(needs[size] for size in needs if size >= head_dim)
+    if 1024 * kilobytes > room:
+        return (
+            f"feature_dim {feature_dim} with head_dim {head_dim} in {dtype} takes {kilobytes} KB "
+            f"of shared memory, and this GPU has {room // 1024}"
+        )
     return None if kernels.INSTALLED else "triton is not installed"
 
 

@@ -78,7 +78,7 @@ def test_a_plain_product_counts_the_token() -> None:
 
 
 def test_weights_larger_than_a_program_s_registers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode, "TILE", 8)
+    monkeypatch.setattr(decode, "PLAIN", (8, 4))
     layer, x = nn.Linear(48, 5, bias=False).to(DEVICE), draw(2, 48)
     close(few_rows_linear.linear(x, layer), F.linear(x.double(), layer.weight.double()), 2e-6)
 

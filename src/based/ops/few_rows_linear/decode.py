@@ -16,8 +16,9 @@ from torch import Tensor
 from based.ops.kernels import overlap
 from based.ops.overlap import wait_for_previous
 
-# Bytes of W that a program holds, all in flight at once; its warps with a norm, and without.
-TILE, NORM_WARPS, PLAIN_WARPS = 32768, 4, 8
+# Bytes of W that a program holds, all in flight at once, and its warps: with a norm, without,
+# and without for a single row of over 2048 channels.
+NORMED, PLAIN, LONG = (32768, 4), (32768, 8), (65536, 4)
 
 
 @triton.jit
@@ -154,8 +155,9 @@ def linear_kernel(
     total = x if branch is None else torch.empty_like(x)
     out = torch.empty((rows, N), dtype=weights[0].dtype, device=x.device)
     block_c, width = triton.next_power_of_2(C), 0 if taps is None else taps.shape[1]
-    tile = TILE // weights[0].element_size()
-    block_n = max(1, tile // block_c // (2 if gated else 1))
+    plain = LONG if rows == 1 and block_c > 2048 else PLAIN
+    tile, warps = plain if norm is None else NORMED
+    block_n = max(1, tile // weights[0].element_size() // block_c // (2 if gated else 1))
     while second % block_n or third % block_n:
         block_n //= 2
     _linear_kernel[(triton.cdiv(N, block_n),)](
@@ -188,6 +190,6 @@ def linear_kernel(
         BLOCK_R=triton.next_power_of_2(rows),
         BLOCK_W=triton.next_power_of_2(max(1, width)),
         **overlap(x),
-        num_warps=PLAIN_WARPS if norm is None else NORM_WARPS,
+        num_warps=warps,
     )
     return total, out

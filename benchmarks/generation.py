@@ -72,7 +72,7 @@ class Options:
     overlap: bool = True
     """Whether kernels start while the one before ends (programmatic dependent launch)."""
     fused: bool = True
-    """Whether steps of few rows take the fused projections."""
+    """Whether steps of up to 128 rows take the fused projections."""
     tokens: int = 64
     """Timed steps, or tokens that each request generates."""
     prompt: int = 128
@@ -92,6 +92,7 @@ def main() -> None:
     device = pick_device(options.device)
     kernels.OVERLAP = options.overlap
     projections.MOST_ROWS *= options.fused
+    projections.MOST_ROWS_IN_TILES *= options.fused
     for key, measure in cells(options, device):
         key = {"piece": options.piece, **key}
         if has_row(NAME, key):

@@ -115,7 +115,7 @@ def around() -> None:
 
 
 def decode() -> None:
-    from based.ops.few_rows_linear import decode, parts
+    from based.ops.few_rows_linear import decode, tiles
     from based.ops.gated_short_convolution.decode import convolution_step_kernel
     from based.ops.selective_scan.decode import scan_step_kernel
     from based.ops.sliding_window_attention.decode import attention_step_kernel
@@ -150,9 +150,13 @@ def decode() -> None:
         counter = empty(rows, dtype=torch.int64)
         decode.linear_kernel(empty(rows, 3584), weights=[empty(1792, 3584)], counter=counter)
     for rows in (5, 128):
-        counter, division = empty(rows, dtype=torch.int64), parts.divide(1792, 3584)
+        counter, division = empty(rows, dtype=torch.int64), tiles.divide(1792, 3584)
         assert division is not None
-        parts.parts_kernel(empty(rows, 3584), empty(1792, 3584), None, counter, division)
+        tiles.parts_kernel(empty(rows, 3584), empty(1792, 3584), None, counter, division)
+        x, weight = empty(rows, 1792), empty(7168, 1792)
+        gated = empty(7168), empty(3584, 3), empty(rows, 2, 3584)
+        tiles.gated_kernel(x, weight, *gated, 64)
+        tiles.gated_kernel(x, weight, None, None, None, 32)
 
 
 GROUPS: dict[str, Callable[[], object]] = {

@@ -10,7 +10,7 @@ from based.models import Decoder, DecoderConfig, DecoderState
 from based.ops import few_rows_linear
 from based.ops.elementwise import Residual, add_rms_norm
 from based.ops.few_rows_linear import decode
-from based.ops.few_rows_linear.parts import divide
+from based.ops.few_rows_linear.tiles import divide, gated_tile
 from based.ops.gated_short_convolution.reference import gated_short_convolution_reference
 
 
@@ -110,6 +110,41 @@ def test_a_product_in_parts(rows: int, dtype: torch.dtype) -> None:
 )
 def test_parts_fill_a_gpu(outputs: int, channels: int, want: tuple[int, int] | None) -> None:
     assert divide(outputs, channels) == want
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [5, 33, 128])
+@pytest.mark.parametrize("bias", [False, True])
+def test_swiglu_in_tiles(bias: bool, rows: int, dtype: torch.dtype) -> None:
+    layer, x = nn.Linear(192, 2 * 48, bias=bias).to(DEVICE, dtype), draw(rows, 192, dtype=dtype)
+    value, gate = nn.Linear.forward(layer.double(), x.double()).chunk(2, dim=-1)
+    got = few_rows_linear.linear_swiglu(x, layer.to(dtype))
+    close(got, value * F.silu(gate), TOLERANCE[torch.bfloat16])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rows", "width"), [(5, 3), (33, 1), (128, 2), (17, 4)])
+def test_a_convolution_in_tiles(rows: int, width: int, dtype: torch.dtype) -> None:
+    N, layer = 64, nn.Linear(128, 128).to(DEVICE, dtype)
+    taps, past = draw(N, width, dtype=dtype), draw(rows, width - 1, N, dtype=dtype)
+    wide = past.double()
+    for _ in range(width + 1):
+        x = draw(rows, 128, dtype=dtype)
+        y = F.linear(x.double(), layer.weight.double(), layer.bias.double())
+        want, wide = gated_short_convolution_reference(y[:, None], taps.double(), wide)
+        got = few_rows_linear.linear_convolution(x, layer, taps, past)
+        close(got, want[:, 0], 2 * TOLERANCE[torch.bfloat16])
+        if width > 1:
+            close(past, wide, TOLERANCE[torch.bfloat16])
+
+
+def test_tiles_of_gated_weights() -> None:
+    assert gated_tile(7168, 1792) == 64
+    assert gated_tile(4096, 1024) == 32
+    assert gated_tile(22016, 4096) == 64
+    assert gated_tile(96, 192) == 32
+    assert gated_tile(100, 192) is None
+    assert gated_tile(128, 72) is None
 
 
 @pytest.mark.parametrize(("rows", "dtype"), [(129, torch.bfloat16), (5, torch.float32)])

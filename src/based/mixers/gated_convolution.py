@@ -8,11 +8,13 @@ from torch.nn import functional as F
 from based.mixers.base import Mixer, TensorSpec, at_least_one
 from based.mixers.state import State
 from based.ops.elementwise import Residual, add_rms_norm
-from based.ops.few_rows_linear import fuses, linear, norm_linear_convolution
-from based.ops.gated_short_convolution import (
-    gated_short_convolution,
-    gated_short_convolution_step,
+from based.ops.few_rows_linear import (
+    fuses,
+    linear,
+    linear_convolution,
+    norm_linear_convolution,
 )
+from based.ops.gated_short_convolution import gated_short_convolution
 
 
 class GatedConvolution(Mixer):
@@ -81,6 +83,4 @@ class GatedConvolution(Mixer):
         return x, linear(y, self.out_proj)
 
     def _step(self, x: Tensor, state: State) -> Tensor:
-        projected = self.in_proj(x)
-        weight = self.conv_weight.to(projected.dtype)
-        return gated_short_convolution_step(projected, weight, state["inputs"])
+        return linear_convolution(x, self.in_proj, self.conv_weight, state["inputs"])

@@ -15,8 +15,14 @@ from torch.utils.checkpoint import checkpoint
 from based.mixers import Mixer, State, build_mixer
 from based.mixers.packing import Packing
 from based.models.config import DecoderConfig
-from based.ops.elementwise import Residual, add_rms_norm, swiglu
-from based.ops.few_rows_linear import fuses, linear, norm_linear, norm_linear_swiglu
+from based.ops.elementwise import Residual, add_rms_norm
+from based.ops.few_rows_linear import (
+    fuses,
+    linear,
+    linear_swiglu,
+    norm_linear,
+    norm_linear_swiglu,
+)
 from based.ops.linear_cross_entropy import linear_cross_entropy
 from based.ops.rotary import frequencies_on
 
@@ -78,7 +84,7 @@ class SwiGLU(nn.Module):
             x, hidden = norm_linear_swiglu(residual, self.fc1.weight)
         else:
             x, normed = add_rms_norm(*residual)
-            hidden = swiglu(self.fc1(normed))
+            hidden = linear_swiglu(normed, self.fc1)
         return x, linear(hidden, self.fc2)
 
 

@@ -3,6 +3,8 @@
 from based.ops.few_rows_linear.projections import (
     fuses,
     linear,
+    linear_convolution,
+    linear_swiglu,
     norm_linear,
     norm_linear_convolution,
     norm_linear_swiglu,
@@ -11,6 +13,8 @@ from based.ops.few_rows_linear.projections import (
 __all__ = [
     "fuses",
     "linear",
+    "linear_convolution",
+    "linear_swiglu",
     "norm_linear",
     "norm_linear_convolution",
     "norm_linear_swiglu",

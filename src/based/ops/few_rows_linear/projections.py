@@ -1,7 +1,8 @@
 """Where a decode step takes the fused projections, and their forms.
 
 At few rows a step is the reading of the weights, and what else it launches is lost
-time: here a norm, a gate or a convolution is part of the product beside it.
+time: here a norm, a gate or a convolution is part of the product beside it. Up to 128
+rows a gate, a convolution or a sum of parts still is.
 """
 
 from collections.abc import Sequence
@@ -9,11 +10,12 @@ from collections.abc import Sequence
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from based.ops.elementwise import Residual
+from based.ops.elementwise import Residual, swiglu
+from based.ops.gated_short_convolution import gated_short_convolution_step
 from based.ops.kernels import use_kernels
 
-# Above, matrix products on tensor cores are faster; and above these, whole ones.
-MOST_ROWS, MOST_ROWS_IN_PARTS = 4, 128
+# Above, tensor cores are faster; and above these, library calls.
+MOST_ROWS, MOST_ROWS_IN_TILES = 4, 128
 
 
 def fuses(residual: Residual, *layers: nn.Module) -> bool:
@@ -30,6 +32,15 @@ def _plain(layer: nn.Module) -> bool:
 
 def _few(x: Tensor) -> bool:
     return x.shape[0] <= MOST_ROWS and use_kernels(x)
+
+
+def _in_tiles(x: Tensor, layer: nn.Module) -> bool:
+    return (
+        _plain(layer)
+        and use_kernels(x)
+        and x.element_size() == 2
+        and x.shape[0] <= MOST_ROWS_IN_TILES
+    )
 
 
 def norm_linear(
@@ -81,11 +92,41 @@ def linear(
             from based.ops.few_rows_linear.decode import linear_kernel
 
             return linear_kernel(x, weights=[layer.weight], bias=layer.bias, counter=counter)[1]
-        from based.ops.few_rows_linear.parts import divide, parts_kernel
+        from based.ops.few_rows_linear.tiles import divide, parts_kernel
 
         division = divide(*layer.weight.shape)
-        if x.element_size() == 2 and x.shape[0] <= MOST_ROWS_IN_PARTS and division is not None:
+        if _in_tiles(x, layer) and division is not None:
             return parts_kernel(x, layer.weight, layer.bias, counter, division)
     if counter is not None:
         counter += 1
     return layer(x)
+
+
+def linear_swiglu(x: Float[Tensor, "B C"], layer: nn.Module) -> Float[Tensor, "B N"]:
+    """value * silu(gate), the two halves of the layer's output."""
+    if _in_tiles(x, layer):
+        assert isinstance(layer, nn.Linear)
+        from based.ops.few_rows_linear.tiles import gated_kernel, gated_tile
+
+        tile = gated_tile(*layer.weight.shape)
+        if tile is not None:
+            return gated_kernel(x, layer.weight, layer.bias, None, None, tile)
+    return swiglu(layer(x))
+
+
+def linear_convolution(
+    x: Float[Tensor, "B C"],
+    layer: nn.Module,
+    taps: Float[Tensor, "N W"],
+    past: Float[Tensor, "B P N"],
+) -> Float[Tensor, "B N"]:
+    """silu(conv(u)) * g, u and g the halves of the layer's output; `past` moves on, in place."""
+    if _in_tiles(x, layer) and taps.dtype == x.dtype:
+        assert isinstance(layer, nn.Linear)
+        from based.ops.few_rows_linear.tiles import gated_kernel, gated_tile
+
+        tile = gated_tile(*layer.weight.shape)
+        if tile is not None:
+            return gated_kernel(x, layer.weight, layer.bias, taps, past, tile)
+    projected = layer(x)
+    return gated_short_convolution_step(projected, taps.to(projected.dtype), past)

@@ -1,0 +1,197 @@
+"""y = x W^T of up to 128 rows, in tiles on tensor cores, with what follows it.
+
+A projection to gated channels has its gate, or convolution, in its tiles. One back to the
+residual stream has few outputs, a quarter of the tiles that fill a GPU: there each part
+of the channels has programs of its own, and the norm that follows adds the parts up as it
+reads them, always in the same order.
+"""
+
+from typing import NamedTuple, no_type_check
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from based.ops.kernels import overlap
+from based.ops.overlap import wait_for_previous
+from based.ops.tensor_core import dot_add
+
+# Channels of a step, rows of W of a program, most parts, and programs that a Hopper GPU runs
+# side by side.
+LANES, TILES, MOST_PARTS, PROGRAMS = 64, (64, 32), 8, 132
+# Steps in flight: where shared memory holds six, and elsewhere.
+DEEP, SHALLOW = {"STAGES": 6, "num_warps": 4}, {"STAGES": 3, "num_warps": 4}
+
+
+class Division(NamedTuple):
+    """Rows of W of a program, and parts of the channels."""
+
+    outputs: int
+    parts: int
+
+
+def divide(outputs: int, channels: int) -> Division | None:
+    """What fills the GPU best; None where no division of these sizes has several parts."""
+    found = [
+        Division(tile, parts)
+        for tile in TILES
+        for parts in range(2, MOST_PARTS + 1)
+        if outputs % tile == 0
+        and channels % (parts * LANES) == 0
+        and outputs // tile * parts <= PROGRAMS
+    ]
+    # Of equally many programs, those with about four parts were the fastest.
+    return max(
+        found, key=lambda d: (outputs // d.outputs * d.parts, -abs(d.parts - 4)), default=None
+    )
+
+
+def gated_tile(outputs: int, channels: int) -> int | None:
+    """Rows of a gated W (values and gates, `outputs` in all) of a program; None if none fits."""
+    fits = [tile for tile in TILES if outputs % tile == 0 and channels % LANES == 0]
+    full = [tile for tile in fits if outputs // tile <= PROGRAMS]
+    return min(full, default=max(fits, default=None))
+
+
+@triton.jit
+@no_type_check
+def _tile_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    taps_ptr,
+    past_ptr,
+    counter_ptr,
+    out_ptr,
+    rows,
+    C: tl.constexpr,
+    N: tl.constexpr,
+    SHARE: tl.constexpr,
+    BIAS: tl.constexpr,
+    GATED: tl.constexpr,
+    WIDTH: tl.constexpr,
+    COUNT: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    tile, part = tl.program_id(0), tl.program_id(1)
+    row, column = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_N)
+    if GATED:
+        # A value's and its gate's column are neighbours, and so are in one thread.
+        OUTPUTS: tl.constexpr = BLOCK_N // 2
+        source = tile * OUTPUTS + column // 2 + column % 2 * N
+    else:
+        OUTPUTS: tl.constexpr = BLOCK_N
+        source = tile * OUTPUTS + column
+    n = tile * OUTPUTS + tl.arange(0, OUTPUTS)
+    lane = part * SHARE + tl.arange(0, BLOCK_C)
+    # Rows that are not there are the last one again: no load needs a mask.
+    x = x_ptr + tl.minimum(row, rows - 1)[:, None] * C + lane[None, :]
+    weight = weight_ptr + source[:, None] * C + lane[None, :]
+    given = (row < rows)[:, None]
+    wait_for_previous(OVERLAP)
+    y = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
+    for channel in tl.range(0, SHARE, BLOCK_C, num_stages=STAGES):
+        y = dot_add(tl.load(x + channel), tl.trans(tl.load(weight + channel)), y, "tf32")
+    if GATED:
+        y, gate = tl.split(tl.reshape(y, (BLOCK_R, OUTPUTS, 2)))
+        if BIAS:
+            gate += tl.load(bias_ptr + N + n).to(tl.float32)[None, :]
+    if BIAS and part == 0:
+        y += tl.load(bias_ptr + n).to(tl.float32)[None, :]
+    if WIDTH > 0:
+        past = past_ptr + row[:, None] * ((WIDTH - 1) * N) + n[None, :]
+        newest = y.to(past_ptr.dtype.element_ty)
+        y = newest.to(tl.float32) * tl.load(taps_ptr + n * WIDTH + WIDTH - 1).to(tl.float32)[None]
+        for back in tl.static_range(WIDTH - 1):
+            older = tl.load(past + back * N, mask=given, other=0.0)
+            y += older.to(tl.float32) * tl.load(taps_ptr + n * WIDTH + back).to(tl.float32)[None]
+            # Slots move down one by one, each after every thread has read what it replaces.
+            tl.debug_barrier()
+            if back > 0:
+                tl.store(past + (back - 1) * N, older, mask=given)
+        if WIDTH > 1:
+            tl.store(past + (WIDTH - 2) * N, newest, mask=given)
+        y *= tl.sigmoid(y) * gate
+    elif GATED:
+        y *= gate * tl.sigmoid(gate)
+    out = out_ptr + (part * rows + row)[:, None] * N + n[None, :]
+    tl.store(out, y.to(out_ptr.dtype.element_ty), mask=given)
+    if COUNT and (tile == 0) & (part == 0):
+        real = row < rows
+        tl.store(counter_ptr + row, tl.load(counter_ptr + row, mask=real) + 1, mask=real)
+
+
+def parts_kernel(
+    x: Float[Tensor, "B C"],
+    weight: Float[Tensor, "N C"],
+    bias: Float[Tensor, " N"] | None,
+    counter: Int[Tensor, " B"] | None,
+    division: Division,
+) -> Float[Tensor, "S B N"]:
+    """The parts of x's projection, float32, the first one with the bias.
+
+    All tensors are contiguous; `counter` is advanced by one.
+    """
+    shape = (division.parts, x.shape[0], weight.shape[0])
+    out = torch.empty(shape, dtype=torch.float32, device=x.device)
+    _launch(x, weight, bias, None, None, counter, out, division)
+    return out
+
+
+def gated_kernel(
+    x: Float[Tensor, "B C"],
+    weight: Float[Tensor, "NN C"],
+    bias: Float[Tensor, " NN"] | None,
+    taps: Float[Tensor, "N W"] | None,
+    past: Float[Tensor, "B P N"] | None,
+    tile: int,
+) -> Float[Tensor, "B N"]:
+    """The first half of x's projection by silu of the second; with taps silu(conv) by the second.
+
+    All tensors are contiguous; `past` moves on by one token, in place.
+    """
+    out = torch.empty((x.shape[0], weight.shape[0] // 2), dtype=x.dtype, device=x.device)
+    _launch(x, weight, bias, taps, past, None, out, Division(tile, 1))
+    return out
+
+
+def _launch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    taps: Tensor | None,
+    past: Tensor | None,
+    counter: Tensor | None,
+    out: Tensor,
+    division: Division,
+) -> None:
+    (rows, C), N = x.shape, out.shape[-1]
+    deep = not x.is_cuda or torch.cuda.get_device_capability(x.device)[0] >= 9
+    _tile_kernel[(weight.shape[0] // division.outputs, division.parts)](
+        x,
+        weight,
+        out if bias is None else bias,
+        out if taps is None else taps,
+        out if past is None else past,
+        out if counter is None else counter,
+        out,
+        rows,
+        C=C,
+        N=N,
+        SHARE=C // division.parts,
+        BIAS=bias is not None,
+        GATED=weight.shape[0] > N,
+        WIDTH=0 if taps is None else taps.shape[1],
+        COUNT=counter is not None,
+        BLOCK_R=max(16, triton.next_power_of_2(rows)),
+        BLOCK_N=division.outputs,
+        BLOCK_C=LANES,
+        **overlap(x),
+        **(DEEP if deep else SHALLOW),
+    )

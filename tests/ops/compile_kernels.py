@@ -157,6 +157,7 @@ def decode() -> None:
         gated = empty(7168), empty(3584, 3), empty(rows, 2, 3584)
         tiles.gated_kernel(x, weight, *gated, 64)
         tiles.gated_kernel(x, weight, None, None, None, 32)
+        tiles.side_by_side_kernel(x, [empty(n, 1792) for n in (256, 256, 1792)], 32)
 
 
 GROUPS: dict[str, Callable[[], object]] = {

@@ -10,7 +10,7 @@ from based.models import Decoder, DecoderConfig, DecoderState
 from based.ops import few_rows_linear
 from based.ops.elementwise import Residual, add_rms_norm
 from based.ops.few_rows_linear import decode
-from based.ops.few_rows_linear.tiles import divide, gated_tile
+from based.ops.few_rows_linear.tiles import divide, whole_tile
 from based.ops.gated_short_convolution.reference import gated_short_convolution_reference
 
 
@@ -138,13 +138,27 @@ def test_a_convolution_in_tiles(rows: int, width: int, dtype: torch.dtype) -> No
             close(past, wide, TOLERANCE[torch.bfloat16])
 
 
-def test_tiles_of_gated_weights() -> None:
-    assert gated_tile(7168, 1792) == 64
-    assert gated_tile(4096, 1024) == 32
-    assert gated_tile(22016, 4096) == 64
-    assert gated_tile(96, 192) == 32
-    assert gated_tile(100, 192) is None
-    assert gated_tile(128, 72) is None
+@pytest.mark.parametrize("sizes", [(32, 32, 96), (64, 32), (64,)])
+@pytest.mark.parametrize("rows", [5, 100])
+def test_layers_side_by_side(rows: int, sizes: tuple[int, ...]) -> None:
+    dtype = torch.bfloat16
+    x = draw(rows, 128, dtype=dtype)
+    layers = [nn.Linear(128, size, bias=False).to(DEVICE, dtype) for size in sizes]
+    got = few_rows_linear.linears(x, layers)
+    # Views of one tensor: it was one launch.
+    assert {y.untyped_storage().data_ptr() for y in got} == {got[0].data_ptr()}
+    for y, layer in zip(got, layers, strict=True):
+        close(y, F.linear(x.double(), layer.weight.double()), TOLERANCE[dtype])
+
+
+def test_whole_tiles() -> None:
+    assert whole_tile(1792, 7168) == 64
+    assert whole_tile(1024, 4096) == 32
+    assert whole_tile(4096, 22016) == 64
+    assert whole_tile(1792, 256, 256, 1792) == 32
+    assert whole_tile(192, 96) == 32
+    assert whole_tile(192, 64, 100) is None
+    assert whole_tile(72, 128) is None
 
 
 @pytest.mark.parametrize(("rows", "dtype"), [(129, torch.bfloat16), (5, torch.float32)])

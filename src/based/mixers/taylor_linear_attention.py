@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from based.mixers.base import Mixer, TensorSpec, at_least_one, split_heads
 from based.mixers.state import State
 from based.ops.elementwise import Residual, add_rms_norm
-from based.ops.few_rows_linear import fuses, linear, norm_linear
+from based.ops.few_rows_linear import fuses, linear, linears, norm_linear
 from based.ops.taylor_linear_attention import (
     fold_recent,
     num_features,
@@ -100,7 +100,7 @@ class TaylorLinearAttention(Mixer):
             heads = self._split(y.split([layer.out_features for layer in layers], dim=-1))
         else:
             x, normed = add_rms_norm(*residual)
-            heads = self._project(normed)
+            heads = self._split(linears(normed, layers))
         out = self._step(heads, state)
         return x, linear(out, self.out_proj, counter=state.get("seen"))
 

@@ -106,9 +106,9 @@ def linear_swiglu(x: Float[Tensor, "B C"], layer: nn.Module) -> Float[Tensor, "B
     """value * silu(gate), the two halves of the layer's output."""
     if _in_tiles(x, layer):
         assert isinstance(layer, nn.Linear)
-        from based.ops.few_rows_linear.tiles import gated_kernel, gated_tile
+        from based.ops.few_rows_linear.tiles import gated_kernel, whole_tile
 
-        tile = gated_tile(*layer.weight.shape)
+        tile = whole_tile(x.shape[1], layer.out_features)
         if tile is not None:
             return gated_kernel(x, layer.weight, layer.bias, None, None, tile)
     return swiglu(layer(x))
@@ -123,10 +123,23 @@ def linear_convolution(
     """silu(conv(u)) * g, u and g the halves of the layer's output; `past` moves on, in place."""
     if _in_tiles(x, layer) and taps.dtype == x.dtype:
         assert isinstance(layer, nn.Linear)
-        from based.ops.few_rows_linear.tiles import gated_kernel, gated_tile
+        from based.ops.few_rows_linear.tiles import gated_kernel, whole_tile
 
-        tile = gated_tile(*layer.weight.shape)
+        tile = whole_tile(x.shape[1], layer.out_features)
         if tile is not None:
             return gated_kernel(x, layer.weight, layer.bias, taps, past, tile)
     projected = layer(x)
     return gated_short_convolution_step(projected, taps.to(projected.dtype), past)
+
+
+def linears(x: Float[Tensor, "B C"], layers: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
+    """The outputs of up to three layers."""
+    sizes = [layer.out_features for layer in layers]
+    if all(_in_tiles(x, layer) and layer.bias is None for layer in layers):
+        from based.ops.few_rows_linear.tiles import side_by_side_kernel, whole_tile
+
+        tile = whole_tile(x.shape[1], *sizes)
+        if tile is not None:
+            y = side_by_side_kernel(x, [layer.weight for layer in layers], tile)
+            return y.split(sizes, dim=-1)
+    return tuple(layer(x) for layer in layers)

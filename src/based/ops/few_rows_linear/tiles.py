@@ -6,6 +6,8 @@ of the channels has programs of its own, and the norm that follows adds the part
 reads them, always in the same order.
 """
 
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple, no_type_check
 
 import torch
@@ -48,10 +50,10 @@ def divide(outputs: int, channels: int) -> Division | None:
     )
 
 
-def gated_tile(outputs: int, channels: int) -> int | None:
-    """Rows of a gated W (values and gates, `outputs` in all) of a program; None if none fits."""
-    fits = [tile for tile in TILES if outputs % tile == 0 and channels % LANES == 0]
-    full = [tile for tile in fits if outputs // tile <= PROGRAMS]
+def whole_tile(channels: int, *outputs: int) -> int | None:
+    """Rows of each W of a program where channels are not divided; None if no tile fits."""
+    fits = [t for t in TILES if channels % LANES == 0 and not any(n % t for n in outputs)]
+    full = [tile for tile in fits if sum(outputs) // tile <= PROGRAMS]
     return min(full, default=max(fits, default=None))
 
 
@@ -60,6 +62,8 @@ def gated_tile(outputs: int, channels: int) -> int | None:
 def _tile_kernel(
     x_ptr,
     weight_ptr,
+    second_ptr,
+    third_ptr,
     bias_ptr,
     taps_ptr,
     past_ptr,
@@ -69,6 +73,8 @@ def _tile_kernel(
     C: tl.constexpr,
     N: tl.constexpr,
     SHARE: tl.constexpr,
+    SECOND: tl.constexpr,
+    THIRD: tl.constexpr,
     BIAS: tl.constexpr,
     GATED: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -92,6 +98,11 @@ def _tile_kernel(
     lane = part * SHARE + tl.arange(0, BLOCK_C)
     # Rows that are not there are the last one again: no load needs a mask.
     x = x_ptr + tl.minimum(row, rows - 1)[:, None] * C + lane[None, :]
+    # Outputs from SECOND on, and from THIRD on, have weights of their own.
+    if SECOND < N and tile * OUTPUTS >= SECOND:
+        weight_ptr = second_ptr - SECOND * C
+    if THIRD < N and tile * OUTPUTS >= THIRD:
+        weight_ptr = third_ptr - THIRD * C
     weight = weight_ptr + source[:, None] * C + lane[None, :]
     given = (row < rows)[:, None]
     wait_for_previous(OVERLAP)
@@ -140,7 +151,7 @@ def parts_kernel(
     """
     shape = (division.parts, x.shape[0], weight.shape[0])
     out = torch.empty(shape, dtype=torch.float32, device=x.device)
-    _launch(x, weight, bias, None, None, counter, out, division)
+    _launch(x, [weight], out, division, bias=bias, counter=counter)
     return out
 
 
@@ -157,25 +168,39 @@ def gated_kernel(
     All tensors are contiguous; `past` moves on by one token, in place.
     """
     out = torch.empty((x.shape[0], weight.shape[0] // 2), dtype=x.dtype, device=x.device)
-    _launch(x, weight, bias, taps, past, None, out, Division(tile, 1))
+    _launch(x, [weight], out, Division(tile, 1), bias=bias, taps=taps, past=past)
+    return out
+
+
+def side_by_side_kernel(
+    x: Float[Tensor, "B C"], weights: Sequence[Float[Tensor, "_ C"]], tile: int
+) -> Float[Tensor, "B N"]:
+    """x's projections by up to three weights, each a multiple of `tile` outputs."""
+    N = sum(weight.shape[0] for weight in weights)
+    out = torch.empty((x.shape[0], N), dtype=x.dtype, device=x.device)
+    _launch(x, weights, out, Division(tile, 1))
     return out
 
 
 def _launch(
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    taps: Tensor | None,
-    past: Tensor | None,
-    counter: Tensor | None,
+    weights: Sequence[Tensor],
     out: Tensor,
     division: Division,
+    bias: Tensor | None = None,
+    taps: Tensor | None = None,
+    past: Tensor | None = None,
+    counter: Tensor | None = None,
 ) -> None:
     (rows, C), N = x.shape, out.shape[-1]
+    edges = list(accumulate(weight.shape[0] for weight in weights))
+    first, second, third = [*weights, weights[0], weights[0]][:3]
     deep = not x.is_cuda or torch.cuda.get_device_capability(x.device)[0] >= 9
-    _tile_kernel[(weight.shape[0] // division.outputs, division.parts)](
+    _tile_kernel[(edges[-1] // division.outputs, division.parts)](
         x,
-        weight,
+        first,
+        second,
+        third,
         out if bias is None else bias,
         out if taps is None else taps,
         out if past is None else past,
@@ -185,8 +210,10 @@ def _launch(
         C=C,
         N=N,
         SHARE=C // division.parts,
+        SECOND=edges[0] if len(weights) > 1 else N,
+        THIRD=edges[1] if len(weights) > 2 else N,
         BIAS=bias is not None,
-        GATED=weight.shape[0] > N,
+        GATED=edges[-1] > N,
         WIDTH=0 if taps is None else taps.shape[1],
         COUNT=counter is not None,
         BLOCK_R=max(16, triton.next_power_of_2(rows)),

@@ -132,14 +132,15 @@ def linear_convolution(
     return gated_short_convolution_step(projected, taps.to(projected.dtype), past)
 
 
-def linears(x: Float[Tensor, "B C"], layers: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
+def linears(x: Float[Tensor, "B C"], layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
     """The outputs of up to three layers."""
-    sizes = [layer.out_features for layer in layers]
-    if all(_in_tiles(x, layer) and layer.bias is None for layer in layers):
+    plain = [layer for layer in layers if isinstance(layer, nn.Linear) and layer.bias is None]
+    if len(plain) == len(layers) and all(_in_tiles(x, layer) for layer in plain):
         from based.ops.few_rows_linear.tiles import side_by_side_kernel, whole_tile
 
+        sizes = [layer.out_features for layer in plain]
         tile = whole_tile(x.shape[1], *sizes)
         if tile is not None:
-            y = side_by_side_kernel(x, [layer.weight for layer in layers], tile)
+            y = side_by_side_kernel(x, [layer.weight for layer in plain], tile)
             return y.split(sizes, dim=-1)
     return tuple(layer(x) for layer in layers)

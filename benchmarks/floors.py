@@ -143,7 +143,7 @@ def _products(batch: int, D: int, dtype: torch.dtype, gated: bool) -> Made:
     residual = Residual(x, x.to(dtype), torch.ones(C, dtype=dtype), 1e-5)
     inner, moved = torch.randn(batch, hidden, dtype=dtype), float(layers[0].weight.nbytes)
     if gated:
-        return lambda: norm_linear_swiglu(residual, next(turn).weight)[1], moved
+        return lambda: norm_linear_swiglu(residual, next(turn))[1], moved
     return lambda: linear(inner, next(turn)), moved
 
 

@@ -15,8 +15,7 @@ from benchmarks.rows import median_seconds
 
 Function = Callable[..., Any]
 # Keys of rows, and how each is measured; None where it cannot be.
-Cell = tuple[dict[str, Any], Callable[[], dict[str, Any] | None]]
-Cells = Iterator[Cell]
+Cells = Iterator[tuple[dict[str, Any], Callable[[], dict[str, Any] | None]]]
 DEVICE = "cuda"
 
 
@@ -127,7 +126,7 @@ def timed(function: Function, inputs: list[Tensor], both: bool, graph: bool = Tr
                 return milliseconds(lambda: function(*inputs), graph)
             weights = [torch.randn_like(out) for out in _outputs(function(*inputs))]
             return milliseconds(
-                lambda: torch.autograd.grad(_outputs(function(*inputs)), inputs, weights)
+                lambda: torch.autograd.grad(_outputs(function(*inputs)), inputs, weights), graph
             )
     except (RuntimeError, torch.OutOfMemoryError) as error:
         Console().print(f"skipped: {str(error).splitlines()[0][:100]}")
@@ -145,11 +144,13 @@ def rows_of(
     inputs: list[Tensor],
     floors: tuple[float, float],
     forward_only: Collection[str] = (),
+    graph: bool = True,
     **dials: int,
 ) -> Cells:
     """A cell for every implementation, forward and (but for some) with gradients.
 
-    Dials are what else the op has beside its sizes; they are in the rows' keys.
+    They are replayed as CUDA graphs, or called. Dials are what else the op has beside its
+    sizes; they are in the rows' keys.
     """
     for both in (False, True):
         for name, function in peers.items():
@@ -160,7 +161,7 @@ def rows_of(
             key = {"op": op, **sizes, "direction": direction, "implementation": name}
 
             def measure(function=function, both=both) -> dict[str, Any] | None:
-                time = timed(function, inputs, both)
+                time = timed(function, inputs, both, graph)
                 return None if time is None else {"ms": time, "floor_ms": floors[both]}
 
             yield key, measure

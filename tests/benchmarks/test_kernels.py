@@ -43,7 +43,8 @@ def test_thunderkittens_is_a_row_where_its_kernel_fits(tmp_path, monkeypatch) ->
     with pytest.raises(BasedError, match="no checkout of ThunderKittens"):
         kernels.thunderkittens.load(tmp_path)
     monkeypatch.setattr(timing, "milliseconds", lambda call, graph: 2.0 if not graph else None)
-    monkeypatch.setattr(kernels, "draw", lambda *shape: torch.zeros(shape))
-    key, measure = kernels._kittens_cell(torch.add, Case(2, 3, 64, 64), 0.5)
+    inputs = [torch.zeros(1)] * 2
+    cells = kernels.kittens_rows(torch.add, Case(2, 3, 64, 64), inputs, (0.5, 1.5))
+    ((key, measure),) = cells
     assert (key["implementation"], key["direction"]) == ("ThunderKittens", "forward")
     assert measure() == {"ms": 2.0, "floor_ms": 0.5}

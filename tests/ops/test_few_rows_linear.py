@@ -24,6 +24,13 @@ def residual(rows: int, C: int, dtype: torch.dtype, with_branch: bool = True) ->
     return Residual(draw(rows, C), branch, draw(C, dtype=dtype), 1e-5)
 
 
+def layer_of(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    layer.weight = nn.Parameter(weight)
+    layer.bias = None if bias is None else nn.Parameter(bias)
+    return layer
+
+
 def exact(given: Residual) -> tuple[Tensor, Tensor]:
     """The sum and its norm in float64."""
     branch = None if given.branch is None else given.branch.double()
@@ -46,7 +53,7 @@ def test_projections_of_a_norm(rows: int, C: int, sizes: tuple, dtype: torch.dty
 @pytest.mark.parametrize("rows", [1, 4])
 def test_swiglu_of_a_norm(rows: int, dtype: torch.dtype) -> None:
     given, weight = residual(rows, 96, dtype, with_branch=False), draw(2 * 37, 96, dtype=dtype)
-    total, got = few_rows_linear.norm_linear_swiglu(given, weight)
+    total, got = few_rows_linear.norm_linear_swiglu(given, layer_of(weight))
     assert total is given.x
     value, gate = F.linear(exact(given)[1], weight.double()).chunk(2, dim=-1)
     close(got, value * F.silu(gate), TOLERANCE[dtype])
@@ -63,7 +70,8 @@ def test_convolution_of_a_norm(width: int, dtype: torch.dtype) -> None:
         given = residual(rows, C, dtype)
         y = F.linear(exact(given)[1], weight.double(), bias.double())
         want, wide = gated_short_convolution_reference(y[:, None], taps.double(), wide)
-        got = few_rows_linear.norm_linear_convolution(given, weight, bias, taps, past)[1]
+        layer = layer_of(weight, bias)
+        got = few_rows_linear.norm_linear_convolution(given, layer, taps, past)[1]
         close(got, want[:, 0], 2 * TOLERANCE[dtype])
         if width > 1:
             close(past, wide, TOLERANCE[dtype])

@@ -7,13 +7,8 @@ from torch.nn import functional as F
 
 from based.mixers.base import Mixer, TensorSpec, at_least_one
 from based.mixers.state import State
-from based.ops.elementwise import Residual, add_rms_norm
-from based.ops.few_rows_linear import (
-    fuses,
-    linear,
-    linear_convolution,
-    norm_linear_convolution,
-)
+from based.ops.elementwise import Residual
+from based.ops.few_rows_linear import linear, linear_convolution, norm_linear_convolution
 from based.ops.gated_short_convolution import gated_short_convolution
 
 
@@ -69,18 +64,12 @@ class GatedConvolution(Mixer):
         return State(inputs=inputs[:, new:])
 
     def step(self, x: Float[Tensor, "B C"], state: State) -> Float[Tensor, "B C"]:
-        return self.out_proj(self._step(x, state))
+        convolution = self.conv_weight, state["inputs"]
+        return self.out_proj(linear_convolution(x, self.in_proj, *convolution))
 
     def step_residual(
         self, residual: Residual, state: State
     ) -> tuple[Float[Tensor, "B C"], Float[Tensor, "*S B C"]]:
-        if fuses(residual, self.in_proj):
-            projection = self.in_proj.weight, self.in_proj.bias
-            x, y = norm_linear_convolution(residual, *projection, self.conv_weight, state["inputs"])
-        else:
-            x, normed = add_rms_norm(*residual)
-            y = self._step(normed, state)
+        convolution = self.conv_weight, state["inputs"]
+        x, y = norm_linear_convolution(residual, self.in_proj, *convolution)
         return x, linear(y, self.out_proj)
-
-    def _step(self, x: Tensor, state: State) -> Tensor:
-        return linear_convolution(x, self.in_proj, self.conv_weight, state["inputs"])

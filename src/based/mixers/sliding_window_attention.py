@@ -6,8 +6,8 @@ from torch import Tensor, nn
 
 from based.mixers.base import Mixer, TensorSpec, at_least_one, probability, split_heads
 from based.mixers.state import State
-from based.ops.elementwise import Residual, add_rms_norm
-from based.ops.few_rows_linear import fuses, linear, norm_linear
+from based.ops.elementwise import Residual
+from based.ops.few_rows_linear import linear, norm_linears
 from based.ops.packed import positions
 from based.ops.rotary import frequencies_on, rotate
 from based.ops.sliding_window_attention import attention_step, sliding_window_attention
@@ -81,11 +81,7 @@ class SlidingWindowAttention(Mixer):
     def step_residual(
         self, residual: Residual, state: State
     ) -> tuple[Float[Tensor, "B C"], Float[Tensor, "*S B C"]]:
-        if fuses(residual, self.qkv_proj):
-            x, qkv = norm_linear(residual, [self.qkv_proj.weight], self.qkv_proj.bias)
-        else:
-            x, normed = add_rms_norm(*residual)
-            qkv = self.qkv_proj(normed)
+        x, (qkv,) = norm_linears(residual, [self.qkv_proj])
         out = self._step(qkv, state)
         return x, linear(out, self.out_proj, counter=state["length"])
 

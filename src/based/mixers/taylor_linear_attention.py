@@ -6,8 +6,8 @@ from torch import Tensor, nn
 
 from based.mixers.base import Mixer, TensorSpec, at_least_one, split_heads
 from based.mixers.state import State
-from based.ops.elementwise import Residual, add_rms_norm
-from based.ops.few_rows_linear import fuses, linear, linears, norm_linear
+from based.ops.elementwise import Residual
+from based.ops.few_rows_linear import linear, norm_linears
 from based.ops.taylor_linear_attention import (
     fold_recent,
     num_features,
@@ -94,14 +94,8 @@ class TaylorLinearAttention(Mixer):
     def step_residual(
         self, residual: Residual, state: State
     ) -> tuple[Float[Tensor, "B C"], Float[Tensor, "*S B C"]]:
-        layers = self.q_proj, self.k_proj, self.v_proj
-        if fuses(residual, *layers):
-            x, y = norm_linear(residual, [layer.weight for layer in layers])
-            heads = self._split(y.split([layer.out_features for layer in layers], dim=-1))
-        else:
-            x, normed = add_rms_norm(*residual)
-            heads = self._split(linears(normed, layers))
-        out = self._step(heads, state)
+        x, heads = norm_linears(residual, [self.q_proj, self.k_proj, self.v_proj])
+        out = self._step(self._split(heads), state)
         return x, linear(out, self.out_proj, counter=state.get("seen"))
 
     def _step(self, qkv: tuple[Tensor, Tensor, Tensor], state: State) -> Tensor:

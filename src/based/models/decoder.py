@@ -16,13 +16,7 @@ from based.mixers import Mixer, State, build_mixer
 from based.mixers.packing import Packing
 from based.models.config import DecoderConfig
 from based.ops.elementwise import Residual, add_rms_norm
-from based.ops.few_rows_linear import (
-    fuses,
-    linear,
-    linear_swiglu,
-    norm_linear,
-    norm_linear_swiglu,
-)
+from based.ops.few_rows_linear import fuses, linear, norm_linear, norm_linear_swiglu
 from based.ops.linear_cross_entropy import linear_cross_entropy
 from based.ops.rotary import frequencies_on
 
@@ -80,11 +74,7 @@ class SwiGLU(nn.Module):
 
     def step(self, residual: Residual) -> tuple[Float[Tensor, "B C"], Float[Tensor, "*S B C"]]:
         """One token a row: the residual's sum, and this of its norm. No gradients."""
-        if fuses(residual, self.fc1):
-            x, hidden = norm_linear_swiglu(residual, self.fc1.weight)
-        else:
-            x, normed = add_rms_norm(*residual)
-            hidden = linear_swiglu(normed, self.fc1)
+        x, hidden = norm_linear_swiglu(residual, self.fc1)
         return x, linear(hidden, self.fc2)
 
 

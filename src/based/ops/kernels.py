@@ -12,6 +12,8 @@ INSTALLED = find_spec("triton") is not None
 INTERPRETING = False
 # Whether a decode kernel may start while the one before it ends, where a GPU can.
 OVERLAP = True
+# Bytes of shared memory that no kernel takes.
+ENOUGH = 1 << 20
 
 
 def use_kernels(x: Tensor) -> bool:
@@ -28,9 +30,9 @@ def are_wanted(x: Tensor) -> bool:
 def shared_memory(device: torch.device) -> int:
     """Bytes that a block may have on a GPU; on Hopper and later every kernel has enough."""
     if not torch.cuda.is_available():  # traced for a GPU that is not there
-        return 1 << 20
+        return ENOUGH
     properties = torch.cuda.get_device_properties(device)
-    return properties.shared_memory_per_block_optin if properties.major < 9 else 1 << 20
+    return properties.shared_memory_per_block_optin if properties.major < 9 else ENOUGH
 
 
 def overlap(x: Tensor) -> dict[str, bool]:

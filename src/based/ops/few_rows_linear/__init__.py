@@ -9,6 +9,7 @@ from based.ops.few_rows_linear.projections import (
     norm_linear,
     norm_linear_convolution,
     norm_linear_swiglu,
+    norm_linears,
 )
 
 __all__ = [
@@ -20,4 +21,5 @@ __all__ = [
     "norm_linear",
     "norm_linear_convolution",
     "norm_linear_swiglu",
+    "norm_linears",
 ]

@@ -23,6 +23,31 @@ NORMED, PLAIN, LONG = (32768, 4), (32768, 8), (65536, 4)
 
 @triton.jit
 @no_type_check
+def weight_of(
+    first, second, third, output, C, N: tl.constexpr, SECOND: tl.constexpr, THIRD: tl.constexpr
+):
+    """Where output `output` would count from, had its weight the outputs of all before it."""
+    weight = first
+    # Outputs from SECOND on, and from THIRD on, have weights of their own.
+    if SECOND < N and output >= SECOND:
+        weight = second - SECOND * C
+    if THIRD < N and output >= THIRD:
+        weight = third - THIRD * C
+    return weight
+
+
+def side_by_side(
+    weights: Sequence[Tensor], outputs: int
+) -> tuple[tuple[Tensor, Tensor, Tensor], int, int]:
+    """Three weights (the first again where there are fewer), and where the last two begin."""
+    a, b, c = [*weights, weights[0], weights[0]][:3]
+    second = min(a.shape[0], outputs)
+    third = min(second + b.shape[0], outputs)
+    return (a, b, c), second, third
+
+
+@triton.jit
+@no_type_check
 def _products(w, x, row, ROWS: tl.constexpr):
     """w x^T as [outputs, rows], row after row: w stays in its registers."""
     y = tl.zeros((w.shape[0], x.shape[0]), tl.float32)
@@ -70,12 +95,7 @@ def _linear_kernel(
     n, lane = program * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_C)
     row, slot = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_W)
     real, inside, given = n < N, lane < C, row < ROWS
-    weight = first_ptr
-    # Outputs from SECOND on, and from THIRD on, have weights of their own.
-    if SECOND < N and program * BLOCK_N >= SECOND:
-        weight = second_ptr - SECOND * C
-    if THIRD < N and program * BLOCK_N >= THIRD:
-        weight = third_ptr - THIRD * C
+    weight = weight_of(first_ptr, second_ptr, third_ptr, program * BLOCK_N, C, N, SECOND, THIRD)
     cell = n.to(tl.int64)[:, None] * C + lane[None, :]
     present = real[:, None] & inside[None, :]
     w = tl.load(weight + cell, mask=present, other=0.0, eviction_policy="evict_first")
@@ -150,8 +170,7 @@ def linear_kernel(
     """
     (rows, C), gated = x.shape, swiglu or taps is not None
     N = sum(weight.shape[0] for weight in weights) // (2 if gated else 1)
-    second = N if gated else weights[0].shape[0]
-    third = second + (weights[1].shape[0] if len(weights) > 1 else 0)
+    three, second, third = side_by_side(weights, N)
     total = x if branch is None else torch.empty_like(x)
     out = torch.empty((rows, N), dtype=weights[0].dtype, device=x.device)
     block_c, width = triton.next_power_of_2(C), 0 if taps is None else taps.shape[1]
@@ -164,9 +183,7 @@ def linear_kernel(
         x,
         x if branch is None else branch,
         x if norm is None else norm,
-        weights[0],
-        weights[1] if len(weights) > 1 else weights[0],
-        weights[2] if len(weights) > 2 else weights[0],
+        *three,
         out if bias is None else bias,
         out if taps is None else taps,
         out if past is None else past,

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from based.ops.elementwise import Residual, swiglu
+from based.ops.elementwise import Residual, add_rms_norm, swiglu
 from based.ops.gated_short_convolution import gated_short_convolution_step
 from based.ops.kernels import use_kernels
 
@@ -54,29 +54,52 @@ def norm_linear(
     return linear_kernel(*residual, weights=weights, bias=bias)
 
 
-def norm_linear_swiglu(
-    residual: Residual, weight: Float[Tensor, "NN C"]
-) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B N"]]:
-    """The residual's sum, and value * silu(gate), the two halves of its norm's projection."""
-    from based.ops.few_rows_linear.decode import linear_kernel
+def norm_linears(
+    residual: Residual, layers: Sequence[nn.Module]
+) -> tuple[Float[Tensor, "B C"], tuple[Tensor, ...]]:
+    """The residual's sum, and the outputs of up to three layers for its norm.
 
-    return linear_kernel(*residual, weights=[weight], swiglu=True)
+    Only a layer alone may have a bias where they are fused.
+    """
+    plain = [layer for layer in layers if isinstance(layer, nn.Linear)]
+    if fuses(residual, *layers) and (len(plain) == 1 or all(y.bias is None for y in plain)):
+        x, y = norm_linear(residual, [layer.weight for layer in plain], plain[0].bias)
+        return x, y.split([layer.out_features for layer in plain], dim=-1)
+    x, normed = add_rms_norm(*residual)
+    return x, linears(normed, layers)
+
+
+def norm_linear_swiglu(
+    residual: Residual, layer: nn.Module
+) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B N"]]:
+    """The residual's sum, and value * silu(gate), the two halves of the layer's output."""
+    if fuses(residual, layer):
+        assert isinstance(layer, nn.Linear)
+        from based.ops.few_rows_linear.decode import linear_kernel
+
+        return linear_kernel(*residual, weights=[layer.weight], bias=layer.bias, swiglu=True)
+    x, normed = add_rms_norm(*residual)
+    return x, linear_swiglu(normed, layer)
 
 
 def norm_linear_convolution(
     residual: Residual,
-    weight: Float[Tensor, "NN C"],
-    bias: Float[Tensor, " NN"],
+    layer: nn.Module,
     taps: Float[Tensor, "N W"],
     past: Float[Tensor, "B P N"],
 ) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B N"]]:
-    """The residual's sum, and silu(conv(u)) * g, u and g the halves of its norm's projection.
+    """The residual's sum, and silu(conv(u)) * g, u and g the halves of the layer's output.
 
     `past` moves on by one token, in place.
     """
-    from based.ops.few_rows_linear.decode import linear_kernel
+    if fuses(residual, layer):
+        assert isinstance(layer, nn.Linear)
+        from based.ops.few_rows_linear.decode import linear_kernel
 
-    return linear_kernel(*residual, weights=[weight], bias=bias, taps=taps, past=past)
+        projection = {"weights": [layer.weight], "bias": layer.bias}
+        return linear_kernel(*residual, **projection, taps=taps, past=past)
+    x, normed = add_rms_norm(*residual)
+    return x, linear_convolution(normed, layer, taps, past)
 
 
 def linear(
@@ -104,14 +127,8 @@ def linear(
 
 def linear_swiglu(x: Float[Tensor, "B C"], layer: nn.Module) -> Float[Tensor, "B N"]:
     """value * silu(gate), the two halves of the layer's output."""
-    if _in_tiles(x, layer):
-        assert isinstance(layer, nn.Linear)
-        from based.ops.few_rows_linear.tiles import gated_kernel, whole_tile
-
-        tile = whole_tile(x.shape[1], layer.out_features)
-        if tile is not None:
-            return gated_kernel(x, layer.weight, layer.bias, None, None, tile)
-    return swiglu(layer(x))
+    y = _gated_in_tiles(x, layer)
+    return swiglu(layer(x)) if y is None else y
 
 
 def linear_convolution(
@@ -121,21 +138,30 @@ def linear_convolution(
     past: Float[Tensor, "B P N"],
 ) -> Float[Tensor, "B N"]:
     """silu(conv(u)) * g, u and g the halves of the layer's output; `past` moves on, in place."""
-    if _in_tiles(x, layer) and taps.dtype == x.dtype:
-        assert isinstance(layer, nn.Linear)
-        from based.ops.few_rows_linear.tiles import gated_kernel, whole_tile
-
-        tile = whole_tile(x.shape[1], layer.out_features)
-        if tile is not None:
-            return gated_kernel(x, layer.weight, layer.bias, taps, past, tile)
+    y = _gated_in_tiles(x, layer, taps, past) if taps.dtype == x.dtype else None
+    if y is not None:
+        return y
     projected = layer(x)
     return gated_short_convolution_step(projected, taps.to(projected.dtype), past)
 
 
+def _gated_in_tiles(
+    x: Tensor, layer: nn.Module, taps: Tensor | None = None, past: Tensor | None = None
+) -> Tensor | None:
+    """None where no kernel takes the call."""
+    if not _in_tiles(x, layer):
+        return None
+    assert isinstance(layer, nn.Linear)
+    from based.ops.few_rows_linear.tiles import gated_kernel, whole_tile
+
+    tile = whole_tile(x.shape[1], layer.out_features)
+    return None if tile is None else gated_kernel(x, layer.weight, layer.bias, taps, past, tile)
+
+
 def linears(x: Float[Tensor, "B C"], layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
-    """The outputs of up to three layers."""
+    """The outputs of up to three layers; a layer alone is called, which is faster."""
     plain = [layer for layer in layers if isinstance(layer, nn.Linear) and layer.bias is None]
-    if len(plain) == len(layers) and all(_in_tiles(x, layer) for layer in plain):
+    if 1 < len(plain) == len(layers) and all(_in_tiles(x, layer) for layer in plain):
         from based.ops.few_rows_linear.tiles import side_by_side_kernel, whole_tile
 
         sizes = [layer.out_features for layer in plain]

@@ -7,7 +7,6 @@ reads them, always in the same order.
 """
 
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import NamedTuple, no_type_check
 
 import torch
@@ -16,6 +15,7 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from based.ops.few_rows_linear.decode import side_by_side, weight_of
 from based.ops.kernels import overlap
 from based.ops.overlap import wait_for_previous
 from based.ops.tensor_core import dot_add
@@ -61,7 +61,7 @@ def whole_tile(channels: int, *outputs: int) -> int | None:
 @no_type_check
 def _tile_kernel(
     x_ptr,
-    weight_ptr,
+    first_ptr,
     second_ptr,
     third_ptr,
     bias_ptr,
@@ -98,12 +98,8 @@ def _tile_kernel(
     lane = part * SHARE + tl.arange(0, BLOCK_C)
     # Rows that are not there are the last one again: no load needs a mask.
     x = x_ptr + tl.minimum(row, rows - 1)[:, None] * C + lane[None, :]
-    # Outputs from SECOND on, and from THIRD on, have weights of their own.
-    if SECOND < N and tile * OUTPUTS >= SECOND:
-        weight_ptr = second_ptr - SECOND * C
-    if THIRD < N and tile * OUTPUTS >= THIRD:
-        weight_ptr = third_ptr - THIRD * C
-    weight = weight_ptr + source[:, None] * C + lane[None, :]
+    weight = weight_of(first_ptr, second_ptr, third_ptr, tile * OUTPUTS, C, N, SECOND, THIRD)
+    weight += source[:, None] * C + lane[None, :]
     given = (row < rows)[:, None]
     wait_for_previous(OVERLAP)
     y = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
@@ -193,14 +189,12 @@ def _launch(
     counter: Tensor | None = None,
 ) -> None:
     (rows, C), N = x.shape, out.shape[-1]
-    edges = list(accumulate(weight.shape[0] for weight in weights))
-    first, second, third = [*weights, weights[0], weights[0]][:3]
+    rows_of_w = sum(weight.shape[0] for weight in weights)
+    three, second, third = side_by_side(weights, N)
     deep = not x.is_cuda or torch.cuda.get_device_capability(x.device)[0] >= 9
-    _tile_kernel[(edges[-1] // division.outputs, division.parts)](
+    _tile_kernel[(rows_of_w // division.outputs, division.parts)](
         x,
-        first,
-        second,
-        third,
+        *three,
         out if bias is None else bias,
         out if taps is None else taps,
         out if past is None else past,
@@ -210,10 +204,10 @@ def _launch(
         C=C,
         N=N,
         SHARE=C // division.parts,
-        SECOND=edges[0] if len(weights) > 1 else N,
-        THIRD=edges[1] if len(weights) > 2 else N,
+        SECOND=second,
+        THIRD=third,
         BIAS=bias is not None,
-        GATED=edges[-1] > N,
+        GATED=rows_of_w > N,
         WIDTH=0 if taps is None else taps.shape[1],
         COUNT=counter is not None,
         BLOCK_R=max(16, triton.next_power_of_2(rows)),

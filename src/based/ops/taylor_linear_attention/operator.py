@@ -79,7 +79,7 @@ SHARED_MEMORY = {
 
 
 def _unsupported(
-    feature_dim: int, head_dim: int, dtype: torch.dtype, room: int = 1 << 20
+    feature_dim: int, head_dim: int, dtype: torch.dtype, room: int = kernels.ENOUGH
 ) -> str | None:
     """Why no kernel takes such a call on a GPU whose blocks have `room` bytes; None if one does."""
     if feature_dim not in FEATURE_DIMS:

@@ -91,7 +91,7 @@ def _above(logits, vocab, temperature, top, key, BLOCK: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def _scan(logits, begin, end, BLOCK: tl.constexpr):
+def _peaks_of(logits, begin, end, BLOCK: tl.constexpr):
     """Of ids begin .. end: the largest logit, the sum of exp(x - it), its id, how many are bad."""
     peaks, totals = tl.full((BLOCK,), LOWEST, tl.float32), tl.zeros((BLOCK,), tl.float32)
     best, strangers = tl.zeros((BLOCK,), tl.int32), tl.zeros((BLOCK,), tl.int32)
@@ -112,7 +112,7 @@ def _scan(logits, begin, end, BLOCK: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def _scan_kernel(
+def _sample_peaks_kernel(
     logits_ptr,
     parts_ptr,  # [rows, PARTS, 4]
     vocab: tl.constexpr,
@@ -125,7 +125,7 @@ def _scan_kernel(
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     begin = part * SHARE
     wait_for_previous(OVERLAP)
-    peak, total, token, bad = _scan(
+    peak, total, token, bad = _peaks_of(
         logits_ptr + row * stride, begin, tl.minimum(begin + SHARE, vocab), BLOCK
     )
     found = parts_ptr + (row * PARTS + part) * 4
@@ -165,7 +165,7 @@ def _sample_kernel(
         best = tl.load(scanned + 2).to(tl.int32, bitcast=True)
         token = tl.min(tl.where(peaks == peak, best, vocab))
     else:
-        peak, total, token, bad = _scan(logits, 0, vocab, BLOCK)
+        peak, total, token, bad = _peaks_of(logits, 0, vocab, BLOCK)
     position = tl.load(position_ptr + row)
     temperature = tl.load(temperature_ptr + row)
     if (temperature > 0) & (bad == 0):
@@ -241,7 +241,7 @@ def sample_tokens_kernel(
         scanned = logits.new_empty((rows, parts, 4), dtype=torch.float32)
         share = triton.cdiv(triton.cdiv(vocab, parts), 16) * 16
         smaller = min(block, triton.next_power_of_2(share))
-        _scan_kernel[(rows, parts)](
+        _sample_peaks_kernel[(rows, parts)](
             logits,
             scanned,
             SHARE=share,

@@ -48,7 +48,7 @@ class Options:
     """Presets."""
     length: int = 2048
     """Tokens a sequence, for weak scaling."""
-    micro_batch: int = 8
+    micro_batch: int = 16
     """Sequences a GPU computes at a time."""
     micro_batches: int = 4
     """Of a GPU a step."""
@@ -161,6 +161,7 @@ def weak_scaling(options: Options, model: str, ranks: Ranks) -> Row:
         "slowest": tokens / max(seconds),
         "fastest": tokens / min(seconds),
         "step_tokens": tokens,
+        "micro_batch": options.micro_batch,
     }
 
 

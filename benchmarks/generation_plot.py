@@ -1,15 +1,18 @@
-"""Draws results/generation.jsonl: tokens a second, and memory, against batch and context."""
+"""Draws results/generation.jsonl: tokens a second against batch and context, and memory."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.rows import RESULTS, read_rows
+from benchmarks.rows import RESULTS, newest, read_rows
 
 # Rows of other choices are in the file, not in the curves.
 USUAL = {"window": None, "recent": 16, "deterministic": False, "quantize": None}
 USUAL |= {"overlap": True, "fused": True}
+# The context of the curves over batches, and the batch of those over contexts.
+CONTEXT, BATCH = 1024, 128
 
 
 def is_usual(row: dict[str, Any]) -> bool:
@@ -17,28 +20,33 @@ def is_usual(row: dict[str, Any]) -> bool:
     return all(row[name] == USUAL[name] for name in USUAL)
 
 
+def usual_rounds() -> list[dict[str, Any]]:
+    """Rounds of the engine as users have it, the newest of each size."""
+    rows = [row for row in read_rows("generation") if "tokens_per_second" in row]
+    rounds = [row for row in rows if row["piece"] == "decode" and is_usual(row)]
+    return newest(rounds, "model", "context", "batch")
+
+
 def draw() -> Path:
     from matplotlib.figure import Figure
 
-    rows = [row for row in read_rows("generation") if "tokens_per_second" in row]
+    rows = usual_rounds()
     figure = Figure(figsize=(12, 3.8), layout="constrained")
     by_batch, by_context, memory = figure.subplots(1, 3)
-    decoded = [row for row in rows if row["piece"] == "decode" and is_usual(row)]
-    for (name, context), line in _lines(decoded, "model", "context").items():
-        _curve(by_batch, line, "batch", f"{name}, {context:,}")
-    for (name, batch), line in _lines(decoded, "model", "batch").items():
-        if len(line) < 2:
-            continue  # one context says nothing about the others
-        _curve(by_context, line, "context", f"{name}, batch {batch}")
-    for (name, context), line in _lines(decoded, "model", "context").items():
-        line.sort(key=lambda row: row["batch"])
-        gigabytes = [row["peak_bytes"] / 1e9 for row in line]
-        memory.loglog([row["batch"] for row in line], gigabytes, "o-", label=f"{name}, {context:,}")
-    by_batch.set(xlabel="batch", ylabel="tokens/s (dotted: floor)", title="against batch")
-    by_context.set(xlabel="context, tokens", ylabel="tokens/s", title="against context")
-    memory.set(xlabel="batch", ylabel="peak memory, GB", title="memory")
+    for number, model in enumerate(sorted({row["model"] for row in rows})):
+        own, style = [row for row in rows if row["model"] == model], {"color": f"C{number}"}
+        short = [row for row in own if row["context"] == CONTEXT]
+        many = [row for row in own if row["batch"] == BATCH]
+        _curve(by_batch, short, "batch", "tokens_per_second", label=model, **style)
+        _curve(by_batch, short, "batch", "floor_tokens_per_second", linestyle=":", **style)
+        _curve(by_context, many, "context", "tokens_per_second", label=model, **style)
+        _curve(memory, many, "context", "peak_gigabytes", label=model, **style)
+    by_batch.set(xlabel="batch", ylabel="tokens/s", title=f"context {CONTEXT:,}; dotted: floor")
+    by_context.set(xlabel="context, tokens", ylabel="tokens/s", title=f"batch {BATCH}")
+    memory.set(xlabel="context, tokens", ylabel="peak memory, GB", title=f"batch {BATCH}")
     for axes in (by_batch, by_context, memory):
         axes.grid(alpha=0.3, which="both")
+        axes.set(xscale="log", yscale="log")
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False, fontsize=7)
     path = RESULTS / "generation.png"
@@ -46,16 +54,15 @@ def draw() -> Path:
     return path
 
 
-def _lines(rows: list[dict[str, Any]], *names: str) -> dict[tuple, list[dict[str, Any]]]:
-    lines: dict[tuple, list[dict[str, Any]]] = {}
-    for row in rows:
-        lines.setdefault(tuple(row[name] for name in names), []).append(row)
-    return lines
+def _curve(axes: Any, rows: list[dict[str, Any]], over: str, what: str, **style: Any) -> None:
+    line = sorted(rows, key=lambda row: row[over])
+    values = [VALUES[what](row) for row in line]
+    marker = "o" if "label" in style else ""
+    axes.plot([row[over] for row in line], values, marker=marker, **style)
 
 
-def _curve(axes: Any, line: list[dict[str, Any]], over: str, label: str) -> None:
-    line.sort(key=lambda row: row[over])
-    where = [row[over] for row in line]
-    (drawn,) = axes.loglog(where, [row["tokens_per_second"] for row in line], "o-", label=label)
-    floors = [1000 * row["batch"] / row["floor_ms"] for row in line]
-    axes.loglog(where, floors, ":", color=drawn.get_color())
+VALUES: dict[str, Callable[[dict[str, Any]], float]] = {
+    "tokens_per_second": lambda row: row["tokens_per_second"],
+    "floor_tokens_per_second": lambda row: 1000 * row["batch"] / row["floor_ms"],
+    "peak_gigabytes": lambda row: row["peak_bytes"] / 1e9,
+}

@@ -9,7 +9,9 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-# The first pattern that a kernel's name matches is its kind.
+# What torch.compile makes is named after all that it merged, copies and convolutions too.
+COMPILED = re.compile(r"triton_(poi|red|per)_")
+# The first pattern that another kernel's name matches is its kind.
 KINDS = {
     "attention": r"flash|fmha|sdpa|mha_|window|attention_step|_join",
     "Taylor linear attention": r"taylor|_fold|sum_states|carry_states|attend|(query|key)_grad",
@@ -27,6 +29,8 @@ KINDS = {
 def kind_of(kernel: str) -> str:
     """A kernel's kind, from its name."""
     name = kernel.lower()
+    if COMPILED.match(name):
+        return "elementwise and norms"
     return next((kind for kind, pattern in KINDS.items() if re.search(pattern, name)), "other")
 
 

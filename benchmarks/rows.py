@@ -88,6 +88,12 @@ def read_rows(name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def newest(rows: list[dict[str, Any]], *names: str) -> list[dict[str, Any]]:
+    """Of rows that agree in these fields, the one that was written last."""
+    found = {tuple(row.get(name) for name in names): row for row in rows}
+    return list(found.values())
+
+
 def median_seconds(function: Callable[[], object], repeats: int = 5, warmup: int = 1) -> float:
     """Median wall-clock seconds of a call on the CPU."""
     for _ in range(warmup):

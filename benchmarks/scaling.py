@@ -308,6 +308,8 @@ def plot(rows: list[Row], path: Path) -> None:
             if part and gpus[0] == 1:
                 axes.plot(gpus, [n * speeds[0] for n in gpus], ":", color=f"C{color}")
         axes.set(xlabel="GPUs", ylabel="tokens a second", title=f"{piece}; dotted: ideal")
+        axes.set_xticks(sorted({row["gpus"] for row in rows}))
+        axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
     figure.savefig(path, dpi=120)

@@ -1,4 +1,4 @@
-"""README's tables, generated from benchmarks/results: `python -m benchmarks.tables`.
+"""The tables of README and docs, generated from benchmarks/results: `python -m benchmarks.tables`.
 
 Text between `<!-- table NAME -->` and `<!-- end -->` is replaced.
 """
@@ -10,10 +10,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 from based.models.command import human
-from benchmarks.generation_plot import is_usual
-from benchmarks.rows import read_rows
+from benchmarks import scaling as scaling_benchmark
+from benchmarks import speeds
+from benchmarks import training as training_benchmark
+from benchmarks.generation_plot import usual_rounds
+from benchmarks.rows import newest, read_rows
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+PAGES = (README, ROOT / "docs" / "training.md", ROOT / "docs" / "generation.md")
+# Batches in the README's table of decoding; the file has more.
+SHOWN_BATCHES = (1, 64, 128, 1024, 4096)
 
 
 def markdown(headings: list[str], rows: list[list[str]]) -> str:
@@ -108,12 +115,12 @@ def prefill() -> str:
         for row in rows
     ]
     headings = ["model", "prompts", "tokens/s", "of the floor"]
-    return markdown(headings, body) + "\n\n" + measured_on(rows[0])
+    return markdown(headings, body) + "\n\n" + measured_on(*rows)
 
 
 def generation() -> str:
     """Rounds of the engine as users have it: rows of other choices are in the file alone."""
-    rows = [row for row in read_rows("generation") if row["piece"] == "decode" and is_usual(row)]
+    rows = [row for row in usual_rounds() if row["batch"] in SHOWN_BATCHES]
     rows.sort(key=lambda row: (row["model"], row["context"], row["batch"]))
     body = [
         [
@@ -128,13 +135,107 @@ def generation() -> str:
         for row in rows
     ]
     headings = ["model", "context", "batch", "tokens/s", "ms a step", "of the floor", "memory"]
-    commits = dict.fromkeys(row["commit"] for row in rows)
-    found = {**rows[0], "commit": " and ".join(commits)}
-    return markdown(headings, body) + "\n\n" + measured_on(found)
+    return markdown(headings, body) + "\n\n" + measured_on(*rows)
 
 
-def measured_on(row: dict) -> str:
-    return f"{row['device']}, torch {row['torch']}, commit {row['commit']}, {row['date']}."
+def whole_requests() -> str:
+    """Prompts read and answers generated, ours and others."""
+    systems = {"generate": "our engine", "huggingface": "transformers", "mamba": "mamba-ssm"}
+    rows = [row for row in read_rows("generation") if row["piece"] in systems]
+    rows = newest(rows, "piece", "model", "batch", "tokens")
+    body = [
+        [
+            row["model"],
+            systems[row["piece"]],
+            f"{row['batch']:,} x {row['prompt']} + {row['tokens']:,}",
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['seconds']:.1f}",
+            f"{row['peak_bytes'] / 1e9:.1f} GB",
+        ]
+        for row in sorted(rows, key=lambda row: (row["batch"], -row["tokens_per_second"]))
+    ]
+    headings = ["model", "in", "prompt + new tokens", "new tokens/s", "seconds", "memory"]
+    return markdown(headings, body) + "\n\n" + measured_on(*rows)
+
+
+def decode_profile() -> str:
+    """GPU time of a step by kind of kernel."""
+    rows = [row for row in read_rows("generation") if row["piece"] == "profile"]
+    rows = newest(rows, "model", "batch")
+    rows.sort(key=lambda row: (row["model"], row["batch"]))
+    floors = {(row["model"], row["batch"]): row["floor_ms"] for row in usual_rounds()}
+    kinds = list(dict.fromkeys(kind for row in rows for kind in row["ms"]))
+    body = [
+        [
+            f"{row['model']}, {row['batch']:,}",
+            f"{row['ms_per_step']:.2f}",
+            f"{floors[row['model'], row['batch']]:.2f}",
+            *(f"{row['ms'][kind]:.2f}" if kind in row["ms"] else "-" for kind in kinds),
+        ]
+        for row in rows
+    ]
+    return markdown(["model, batch", "step", "floor", *kinds], body) + "\n\n" + measured_on(*rows)
+
+
+def _training_rows() -> list[dict]:
+    rows = newest(read_rows("training"), "model", "length")
+    return speeds.in_order(rows, training_benchmark.MODELS)
+
+
+def training() -> str:
+    rows = _training_rows()
+    body = [
+        [
+            row["model"],
+            f"{row['length']:,}",
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['peak_share']:.0%}",
+            f"{row['memory_bytes'] / 1e9:.0f} GB" + (", recomputing" if row["recompute"] else ""),
+        ]
+        for row in rows
+    ]
+    headings = ["model", "tokens a sequence", "tokens/s", "of peak", "memory"]
+    return markdown(headings, body) + "\n\n" + measured_on(*rows)
+
+
+def training_profile() -> str:
+    """Shares of a step by kind of kernel."""
+    rows = _training_rows()
+    kinds = list(dict.fromkeys(kind for row in rows for kind in row["by_kind"]))
+    kinds = [k for k in kinds if any(r["by_kind"].get(k, 0) > 0.005 * r["milliseconds"] for r in rows)]
+    body = [
+        [
+            row["model"],
+            f"{row['length']:,}",
+            *(f"{row['by_kind'].get(kind, 0) / row['milliseconds']:.0%}" for kind in kinds),
+        ]
+        for row in rows
+    ]
+    return markdown(["model", "tokens", *kinds], body) + "\n\n" + measured_on(*rows)
+
+
+def scaling() -> str:
+    rows = newest(read_rows("scaling"), "piece", "model", "gpus")
+    rows.sort(key=lambda row: (row["piece"], row["model"], row["gpus"]))
+    body = [
+        [
+            row["piece"],
+            row["model"],
+            str(row["gpus"]),
+            scaling_benchmark.result(row),
+            f"{share:.0%}" if (share := scaling_benchmark.efficiency(rows, row)) else "-",
+            f"{row['memory_bytes'] / 1e9:.1f} GB",
+        ]
+        for row in rows
+    ]
+    headings = ["piece", "model", "GPUs", "result", "of ideal", "memory a GPU"]
+    return markdown(headings, body) + "\n\n" + measured_on(*rows)
+
+
+def measured_on(*rows: dict) -> str:
+    """Device, versions, commits and days of the rows."""
+    found = [" and ".join(dict.fromkeys(row[name] for row in rows)) for name in ("commit", "date")]
+    return f"{rows[0]['device']}, torch {rows[0]['torch']}, commit {found[0]}, {found[1]}."
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -145,12 +246,19 @@ TABLES: dict[str, Callable[[], str]] = {
     "convolutions": convolutions,
     "prefill": prefill,
     "generation": generation,
+    "whole_requests": whole_requests,
+    "decode_profile": decode_profile,
+    "training": training,
+    "training_profile": training_profile,
+    "scaling": scaling,
 }
 
 
 def fill(text: str) -> str:
-    """The README's text with every table made anew."""
+    """A page's text with every table of it made anew."""
     for name, table in TABLES.items():
+        if f"<!-- table {name} -->" not in text:
+            continue
         pattern = rf"(<!-- table {name} -->\n).*?(<!-- end -->)"
         made = table()
         text = re.sub(pattern, lambda m, t=made: f"{m[1]}{t}\n{m[2]}", text, flags=re.DOTALL)
@@ -158,4 +266,5 @@ def fill(text: str) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(fill(README.read_text()))
+    for page in PAGES:
+        page.write_text(fill(page.read_text()))

@@ -1,7 +1,7 @@
 import re
 from pathlib import Path
 
-from benchmarks.tables import README, fill
+from benchmarks.tables import PAGES, README, TABLES, fill
 
 TEXT = README.read_text()
 
@@ -13,7 +13,9 @@ def test_the_python_example_runs(capsys) -> None:
 
 
 def test_the_tables_are_those_of_the_results() -> None:
-    assert fill(TEXT) == TEXT
+    pages = [page.read_text() for page in PAGES]
+    assert [fill(text) for text in pages] == pages
+    assert all(f"<!-- table {name} -->" in "".join(pages) for name in TABLES)
 
 
 def test_the_tree_and_links_name_what_exists() -> None:

@@ -102,6 +102,7 @@ def test_kernels_by_kind() -> None:
         ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop", "attention"),
         ("carry_states", "Taylor linear attention"),
         ("triton_poi_fused_add_mul_silu_3", "elementwise and norms"),
+        ("triton_red_fused__to_copy_convolution_mean_1", "elementwise and norms"),
         ("void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>", "optimiser"),
         ("Memcpy DtoD (Device -> Device)", "copies"),
         ("something_else", "other"),

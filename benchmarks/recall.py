@@ -6,7 +6,8 @@ Ours trains the four learning rates of a point stacked; a configuration is a qua
 of that. Zoology's trainer takes one. Both read the same examples; the first epoch is
 set-up (compiling, recording, caches) and counted apart. PATH is a checkout of
 HazyResearch/zoology; its `return_embeddings` default, which makes its training take
-hidden states for logits, is patched in this process.
+hidden states for logits, is patched in this process. Each row is written as soon as it
+is known; what this device has at this commit is not timed again.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -28,8 +29,9 @@ from based.recall.config import Point, Recipe
 from based.recall.data import Data, data_of
 from based.recall.mqar import IGNORE, Segment
 from based.recall.train import PointTrainer
-from benchmarks.rows import write_rows
+from benchmarks.rows import add_row, has_row
 
+NAME = "recall"
 POINTS = (
     Point("based", 64, {"feature_dim": 16}),
     Point("based", 128, {"feature_dim": 24}),
@@ -114,17 +116,24 @@ def _row(
 ) -> dict[str, Any]:
     whole = setup + (Recipe().epochs - 1) * epoch
     return {
-        "what": what,
-        "point": point.key,
-        "products": options.products if what == "ours" else "float32",
-        "fused": options.fuse and what == "ours",
-        "fraction": options.fraction,
+        **_key(what, point, options),
         "lanes": lanes,
         "data_seconds": round(data, 3),
         "setup_seconds": round(setup, 3),
         "epoch_seconds": round(epoch, 4),
         "seconds_a_configuration": round(whole / lanes, 2),
         "accuracy_so_far": round(accuracy, 4),
+    }
+
+
+def _key(what: str, point: Point, options: Options) -> dict[str, Any]:
+    """What a row is of."""
+    return {
+        "what": what,
+        "point": point.key,
+        "products": options.products if what == "ours" else "float32",
+        "fused": options.fuse and what == "ours",
+        "fraction": options.fraction,
     }
 
 
@@ -242,17 +251,22 @@ def main(options: Options) -> None:
             for tasks in (recipe.train, recipe.test)
         )
         recipe = replace(recipe, train=train, test=test)
-    for point in (point for point in POINTS if options.only in point.key):
-        rows.append(time_ours(point, recipe, options))
-        if options.zoology is not None:
-            rows.append(time_zoology(point, recipe, options))
+    time_of = {"ours": time_ours, "zoology": time_zoology}
+    systems = [name for name in time_of if name == "ours" or options.zoology is not None]
+    points = [point for point in POINTS if options.only in point.key]
+    for point, what in product(points, systems):
+        key = _key(what, point, options)
+        if has_row(NAME, key):
+            continue
+        row = time_of[what](point, recipe, options)
+        rows.append(row)
+        if options.fraction == 1.0:
+            add_row(NAME, key, row)
     table = Table("", "point", "set-up, s", "an epoch, s", "a configuration, s")
     for row in rows:
         cells = ("setup_seconds", "epoch_seconds", "seconds_a_configuration")
         table.add_row(row["what"], row["point"], *(f"{row[cell]:,.2f}" for cell in cells))
     console.print(table)
-    if options.fraction == 1.0:
-        console.print(f"wrote {write_rows('recall', rows)}")
 
 
 if __name__ == "__main__":

@@ -134,6 +134,9 @@ def decode() -> None:
         for slots in (129, 4096):
             cache, turns = empty(rows, slots, H, V), empty(56, dtype=torch.float64)
             attention_step_kernel(heads, heads, heads, cache, cache, seen, turns)
+        for group, dtype in ((4, BF16), (4, F32)):
+            cache, q = empty(rows, slots, H, V, dtype=dtype), empty(rows, group * H, V)
+            attention_step_kernel(q, heads, heads, cache, cache, seen, turns)
         options = (empty(rows, dtype=F32), seen, empty(rows, dtype=F32), seen, seen, seen)
         sample_tokens_kernel(empty(rows, 50264), *options, empty(rows, dtype=F32))
         x = empty(rows, 3584)

@@ -119,9 +119,9 @@ def test_a_full_ring_folds_its_row_alone() -> None:
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(("D", "R"), [(112, 56), (20, 3), (16, 0)])
-@pytest.mark.parametrize("group", [1, 2])
+@pytest.mark.parametrize("group", [1, 2, 4])
 def test_attention_step_in_a_ring(D: int, R: int, group: int, dtype: torch.dtype) -> None:
-    rows, heads, slots = 2, 2, 3
+    rows, heads, slots = 2, 4, 3
     frequencies = inverse_frequencies(D, 2 * R / D).to(DEVICE)
     assert len(frequencies) == R
     # Garbage that a row has not filled yet must not be read.
@@ -147,13 +147,14 @@ def test_attention_step_in_a_ring(D: int, R: int, group: int, dtype: torch.dtype
         seen += 1
 
 
-def test_attention_step_far_out_and_split(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("group", [1, 3])
+def test_attention_step_far_out_and_split(group: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Positions that float32 cannot turn; rows of different lengths read in eight parts."""
     monkeypatch.setattr(attention, "SMALLEST", 4)
     rows, heads, slots, D = 3, 2, 40, 16
     assert attention.split_count(rows * heads, slots) == 8
     frequencies = inverse_frequencies(D).to(DEVICE)
-    q, k, v = (draw(rows, heads, D) for _ in range(3))
+    q, k, v = (draw(rows, heads * size, D) for size in (group, 1, 1))
     keys, values = (draw(rows, slots, heads, D) for _ in range(2))
     seen = torch.tensor([0, 17, 1_000_000_007], device=DEVICE)
     turned_q, turned_k = (rotate(x.double()[:, None], seen[:, None], frequencies) for x in (q, k))
@@ -163,7 +164,8 @@ def test_attention_step_far_out_and_split(monkeypatch: pytest.MonkeyPatch) -> No
             turned_k[row, 0],
             v[row].double(),
         )
-    want = softmax_attention_reference(turned_q, wide_keys, wide_values, seen.clamp(max=slots))
+    every = (x.repeat_interleave(group, dim=2) for x in (wide_keys, wide_values))
+    want = softmax_attention_reference(turned_q, *every, seen.clamp(max=slots))
     got = attention.attention_step_kernel(q, k, v, keys, values, seen, frequencies)
     close(got, want[:, 0], 2e-6)
     close(keys, wide_keys, 2e-6)

@@ -3,7 +3,8 @@
 The cache is a ring of S slots, token t in slot t mod S: a window's ring, or a
 Transformer's cache that never comes round. A row reads only the slots it has
 filled. Where rows and heads are few, the slots are split among programs, and a
-second kernel joins the parts.
+second kernel joins the parts. Queries that share their keys are a matrix, and read
+them once.
 """
 
 from typing import no_type_check
@@ -16,10 +17,15 @@ from torch import Tensor
 
 from based.ops.kernels import overlap
 from based.ops.overlap import wait_for_previous
+from based.ops.tensor_core import dot, dot_add
 
 TILE = {"BLOCK_S": 16, "STAGES": 3, "num_warps": 2}
 # Where programs are few.
 WIDE, FEW = {"BLOCK_S": 32, "STAGES": 3, "num_warps": 4}, 64
+# Where several queries share their keys; by bytes of a cached number.
+GROUPED = {size: {"BLOCK_S": 128 // size, "STAGES": 2, "num_warps": 4} for size in (2, 4)}
+# Rows of the smallest matrix that matrix units multiply.
+SMALLEST_MATRIX = 16
 JOIN = {"num_warps": 4}
 # Below any score, and finite, so that what has seen no slot weighs nothing.
 LOWEST = tl.constexpr(-1e30)
@@ -71,7 +77,6 @@ def _attention_step_kernel(
     slots,
     SCALE: tl.constexpr,
     H: tl.constexpr,
-    GROUP: tl.constexpr,
     D: tl.constexpr,
     R: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -88,11 +93,10 @@ def _attention_step_kernel(
     place = (position % slots).to(tl.int32)
     # Slots of other tokens than the new one, whose slot is left out.
     past = tl.minimum(position, slots - 1).to(tl.int32)
-    owner = head // GROUP
     query = _rotated(q_ptr + row * q_stride + head * D, position, frequencies, lane, D, R) * SCALE
-    key = _rotated(k_ptr + row * k_stride + owner * D, position, frequencies, lane, D, R)
-    value = tl.load(v_ptr + row * v_stride + owner * D + lane, mask=inside, other=0.0)
-    base = row * slots * (H // GROUP * D) + owner * D
+    key = _rotated(k_ptr + row * k_stride + head * D, position, frequencies, lane, D, R)
+    value = tl.load(v_ptr + row * v_stride + head * D + lane, mask=inside, other=0.0)
+    base = row * slots * (H * D) + head * D
     key = key.to(keys_ptr.dtype.element_ty)
     # Row r of a tile keeps a softmax of its own over slots r, r + BLOCK_S, ...; rows are
     # joined once, at the end.
@@ -106,7 +110,7 @@ def _attention_step_kernel(
         number = first + tl.arange(0, BLOCK_S)
         real = number < end
         slot = number + (number >= place).to(tl.int32)
-        cell = base + slot.to(tl.int64)[:, None] * (H // GROUP * D) + lane[None, :]
+        cell = base + slot.to(tl.int64)[:, None] * (H * D) + lane[None, :]
         present = real[:, None] & inside[None, :]
         k = tl.load(keys_ptr + cell, mask=present, other=0.0).to(tl.float32)
         score = tl.where(real, tl.sum(k * query[None, :], axis=1), float("-inf"))
@@ -122,9 +126,9 @@ def _attention_step_kernel(
     scale, own = tl.exp(peaks - peak), tl.where(part == 0, tl.exp(own - peak), 0.0)
     total = tl.sum(totals * scale) + own
     out = tl.sum(tile * scale[:, None], axis=0) + own * value.to(tl.float32)
-    if (part == 0) & (head % GROUP == 0):
-        tl.store(keys_ptr + base + place * (H // GROUP * D) + lane, key, mask=inside)
-        tl.store(values_ptr + base + place * (H // GROUP * D) + lane, value, mask=inside)
+    if part == 0:
+        tl.store(keys_ptr + base + place * (H * D) + lane, key, mask=inside)
+        tl.store(values_ptr + base + place * (H * D) + lane, value, mask=inside)
     if SPLITS == 1:
         tl.store(out_ptr + (row * H + head) * D + lane, out / total, mask=inside)
     else:
@@ -132,6 +136,90 @@ def _attention_step_kernel(
         tl.store(store + lane, out)
         tl.store(store + BLOCK_D, peak)
         tl.store(store + BLOCK_D + 1, total)
+
+
+@triton.jit
+@no_type_check
+def _grouped_attention_step_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    keys_ptr,
+    values_ptr,
+    seen_ptr,
+    frequencies,
+    out_ptr,
+    parts_ptr,
+    q_stride,
+    k_stride,
+    v_stride,
+    slots,
+    SCALE: tl.constexpr,
+    H: tl.constexpr,
+    GROUP: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    row, owner, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    lane, member = tl.arange(0, BLOCK_D), tl.arange(0, MEMBERS)
+    inside, head = lane < D, owner * GROUP + tl.minimum(member, GROUP - 1)
+    wait_for_previous(OVERLAP)
+    position = tl.load(seen_ptr + row)
+    place = (position % slots).to(tl.int32)
+    past = tl.minimum(position, slots - 1).to(tl.int32)
+    query = _rotated(
+        q_ptr + row * q_stride + head[:, None] * D, position, frequencies, lane[None, :], D, R
+    )
+    key = _rotated(k_ptr + row * k_stride + owner * D, position, frequencies, lane, D, R)
+    value = tl.load(v_ptr + row * v_stride + owner * D + lane, mask=inside, other=0.0)
+    base = row * slots * (H // GROUP * D) + owner * D
+    key = key.to(keys_ptr.dtype.element_ty)
+    query = query.to(keys_ptr.dtype.element_ty)
+    peaks = tl.full((MEMBERS,), LOWEST, tl.float32)
+    totals = tl.zeros((MEMBERS,), tl.float32)
+    tile = tl.zeros((MEMBERS, BLOCK_D), tl.float32)
+    share = tl.cdiv(past, SPLITS)
+    begin, end = part * share, tl.minimum(part * share + share, past)
+    for first in tl.range(begin, end, BLOCK_S, num_stages=STAGES):
+        number = first + tl.arange(0, BLOCK_S)
+        real = number < end
+        slot = number + (number >= place).to(tl.int32)
+        cell = base + slot.to(tl.int64)[:, None] * (H // GROUP * D) + lane[None, :]
+        present = real[:, None] & inside[None, :]
+        k = tl.load(keys_ptr + cell, mask=present, other=0.0)
+        score = dot(query, tl.trans(k), "ieee") * SCALE
+        score = tl.where(real[None, :], score, float("-inf"))
+        v = tl.load(values_ptr + cell, mask=present, other=0.0)
+        higher = tl.maximum(peaks, tl.max(score, axis=1))
+        shrink, weight = tl.exp(peaks - higher), tl.exp(score - higher[:, None])
+        totals = totals * shrink + tl.sum(weight, axis=1)
+        tile = tile * shrink[:, None]
+        tile = dot_add(weight.to(v.dtype), v, tile, "ieee")
+        peaks = higher
+    own = tl.sum(query.to(tl.float32) * key.to(tl.float32)[None, :], axis=1) * SCALE
+    own = tl.where(part == 0, own, LOWEST)
+    peak = tl.maximum(peaks, own)
+    scale, own = tl.exp(peaks - peak), tl.where(part == 0, tl.exp(own - peak), 0.0)
+    total = totals * scale + own
+    out = tile * scale[:, None] + own[:, None] * value.to(tl.float32)[None, :]
+    if part == 0:
+        tl.store(keys_ptr + base + place * (H // GROUP * D) + lane, key, mask=inside)
+        tl.store(values_ptr + base + place * (H // GROUP * D) + lane, value, mask=inside)
+    real = member < GROUP
+    if SPLITS == 1:
+        cell = (row * H + head)[:, None] * D + lane[None, :]
+        tl.store(out_ptr + cell, out / total[:, None], mask=real[:, None] & inside[None, :])
+    else:
+        store = parts_ptr + ((row * H + head) * SPLITS + part) * (BLOCK_D + 2)
+        tl.store(store[:, None] + lane[None, :], out, mask=real[:, None])
+        tl.store(store + BLOCK_D, peak, mask=real)
+        tl.store(store + BLOCK_D + 1, total, mask=real)
 
 
 @triton.jit
@@ -171,11 +259,17 @@ def attention_step_kernel(
     """
     (B, H, D), (S, G), R = q.shape, keys.shape[1:3], frequencies.shape[0]
     out = torch.empty((B, H, D), dtype=v.dtype, device=v.device)
-    block_d, splits = 1 << (D - 1).bit_length(), split_count(B * H, S)
+    block_d, splits = 1 << (D - 1).bit_length(), split_count(B * G, S)
     parts = torch.empty(
         B * H * splits * (block_d + 2) if splits > 1 else 1, dtype=torch.float32, device=q.device
     )
-    _attention_step_kernel[(B, H, splits)](
+    kernel, choices = _attention_step_kernel, WIDE if B * H * splits <= FEW else TILE
+    if H > G:
+        members = max(SMALLEST_MATRIX, 1 << (H // G - 1).bit_length())
+        kernel, choices = _grouped_attention_step_kernel, GROUPED[keys.element_size()]
+        block_d = max(block_d, SMALLEST_MATRIX)
+        choices = {**choices, "MEMBERS": members, "GROUP": H // G}
+    kernel[(B, G, splits)](
         q,
         k,
         v,
@@ -191,13 +285,12 @@ def attention_step_kernel(
         S,
         SCALE=D**-0.5,
         H=H,
-        GROUP=H // G,
         D=D,
         R=R,
         SPLITS=splits,
         BLOCK_D=block_d,
         **overlap(q),
-        **(WIDE if B * H * splits <= FEW else TILE),
+        **choices,
     )
     if splits > 1:
         sizes = {"D": D, "SPLITS": splits, "BLOCK_D": block_d}

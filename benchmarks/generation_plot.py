@@ -46,8 +46,8 @@ def draw() -> Path:
     memory.set(xlabel="context, tokens", ylabel="peak memory, GB", title=f"batch {BATCH}")
     for axes in (by_batch, by_context, memory):
         axes.grid(alpha=0.3, which="both")
-        axes.set(xscale="log", yscale="log")
-        if axes.get_legend_handles_labels()[0]:
+        if axes.lines:
+            axes.set(xscale="log", yscale="log")
             axes.legend(frameon=False, fontsize=7)
     path = RESULTS / "generation.png"
     figure.savefig(path, dpi=120)
@@ -56,6 +56,8 @@ def draw() -> Path:
 
 def _curve(axes: Any, rows: list[dict[str, Any]], over: str, what: str, **style: Any) -> None:
     line = sorted(rows, key=lambda row: row[over])
+    if not line:
+        return
     values = [VALUES[what](row) for row in line]
     marker = "o" if "label" in style else ""
     axes.plot([row[over] for row in line], values, marker=marker, **style)

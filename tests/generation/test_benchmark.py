@@ -26,7 +26,7 @@ def bench(tmp_path, monkeypatch):
 
 def test_decode_at_a_context_resumes_and_is_drawn(bench, monkeypatch) -> None:
     command = ["decode", "--models", "based-tiny", "attn-tiny", "--batches", "1", "4"]
-    command += ["--contexts", "64", "--tokens", "3"]
+    command += ["--contexts", "1024", "--tokens", "3"]
     got = bench(*command)
     assert [(row["model"], row["batch"]) for row in got] == [
         (model, batch) for model in ("based-tiny", "attn-tiny") for batch in (1, 4)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from based.errors import BasedError
@@ -31,11 +30,13 @@ def quantize_weights(model: Decoder, precision: Precision) -> None:
 def decode_step(
     model: Decoder, precision: Precision | None
 ) -> Callable[[Tensor, DecoderState], Tensor]:
-    """The model's step, or a compiled one with quantised weights if a precision is given.
+    """The model's step; if a precision is given, with quantised weights and compiled blocks.
 
-    Only compiled is a weight unpacked inside of the kernel of its product.
+    Only compiled is a weight unpacked inside of the kernel of its product. Blocks of one
+    kind share what is compiled.
     """
     if precision is None:
         return model.step
     quantize_weights(model, precision)
-    return torch.compile(model.step, dynamic=True)
+    model.compile_steps()
+    return model.step

@@ -6,6 +6,8 @@ what it remembers between calls is a `DecoderState`, one mixer state a layer.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -128,6 +130,7 @@ class Decoder(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config, mixer) for mixer in config.mixers)
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self._step_block: Callable[..., tuple[Tensor, Tensor]] = Block.step
         self.init_weights()
 
     @torch.no_grad()
@@ -160,14 +163,25 @@ class Decoder(nn.Module):
         Blocks of one kind share what is compiled, once for each shape of input: for
         training, and for prompts that come in few shapes.
         """
-        import torch._dynamo.config  # takes seconds
-
         torch.compiler.assume_constant_result(frequencies_on)
-        kinds = len(set(self.config.mixers))
-        limit = torch._dynamo.config.recompile_limit
-        torch._dynamo.config.recompile_limit = max(limit, 16 * kinds)
+        self._allow_recompiling()
         for block in self.blocks:
             block.compile(dynamic=False)
+
+    def compile_steps(self) -> None:
+        """From now on a block's `step` runs compiled: once for each kind and all batch sizes.
+
+        For weights that must be unpacked inside of the kernels of their products; others
+        have kernels of their own, which this would take apart.
+        """
+        self._allow_recompiling()
+        self._step_block = torch.compile(Block.step, dynamic=True)
+
+    def _allow_recompiling(self) -> None:
+        import torch._dynamo.config  # takes seconds
+
+        limit, kinds = torch._dynamo.config.recompile_limit, len(set(self.config.mixers))
+        torch._dynamo.config.recompile_limit = max(limit, 16 * kinds)
 
     @property
     def device(self) -> torch.device:
@@ -259,7 +273,7 @@ class Decoder(nn.Module):
         x, branch = self._embed(tokens), None
         for block, layer_state in zip(self.blocks, state, strict=True):
             assert isinstance(block, Block)
-            x, branch = block.step(x, branch, layer_state)
+            x, branch = self._step_block(block, x, branch, layer_state)
         return self.norm.of(x, branch)
 
     def init_state(self, batch_size: int, length: int = 0, recent: int = 0) -> DecoderState:

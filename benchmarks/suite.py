@@ -61,6 +61,7 @@ STAGES = {
             f"generation decode {BASED} --batches 1024 4096 --contexts 8192",
             f"generation decode {ATTENTION} --batches 16 32 64 --contexts 8192",
             "generation decode --models mamba-1.3b --batches 1 128 1024",
+            "generation mamba --batches 128 1024 --tokens 256",
             f"generation decode {BASED} --window 65 --batches 1 128 1024",
             f"generation decode {BASED} --deterministic --batches 128",
             f"generation decode {BASED} --recent 0 --batches 128 1024",

@@ -177,6 +177,20 @@ def decode_profile() -> str:
     return markdown(["model, batch", "step", "floor", *kinds], body) + "\n\n" + measured_on(*rows)
 
 
+def quantization() -> str:
+    rows = read_rows("quantization")
+    body = [
+        [
+            row["weights"],
+            *(f"{row[f'perplexity_{group}']:.3f}" for group in ("all", "hits", "rest")),
+            f"{row['difference']:+.5f} ± {row['error']:.5f}",
+        ]
+        for row in rows
+    ]
+    headings = ["weights", "perplexity", "recall hits", "the rest", "more nats a token"]
+    return markdown(headings, body) + "\n\n" + measured_on(*rows)
+
+
 def _training_rows() -> list[dict]:
     rows = newest(read_rows("training"), "model", "length")
     return speeds.in_order(rows, training_benchmark.MODELS)
@@ -255,6 +269,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "generation": generation,
     "whole_requests": whole_requests,
     "decode_profile": decode_profile,
+    "quantization": quantization,
     "training": training,
     "training_profile": training_profile,
     "scaling": scaling,

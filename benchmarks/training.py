@@ -147,13 +147,12 @@ def first_that_fits(options: Options, model: str, length: int, device: torch.dev
 
 
 def needed(options: Options, case: Case, device: torch.device) -> float:
-    """Bytes that a step should take; compiled blocks keep about half of what eager ones do."""
+    """Bytes that a step should take."""
     plan = make_plan(config_of(options, case), 1, device)
-    kept = plan.activation_bytes * (0.55 if options.compile and not case.recompute else 1)
     # Hugging Face's Llama has all logits at once, and their gradient, in both precisions.
     tokens = case.sequences * case.length if case.model in TWINS else 0
     logits = 12 * tokens * shape_of(case.model).vocab_size
-    return 1.1 * (plan.optimiser_bytes + plan.gathered_bytes + kept + logits)
+    return plan.memory_bytes + logits
 
 
 def memory_of(device: torch.device) -> float:

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
+# Of what blocks keep for their backward pass, compiled ones kept 0.4 to 0.6 on an H200.
+COMPILED_SHARE = 0.6
+
+
 @dataclass(frozen=True)
 class Plan:
     """Sizes in bytes are of one rank."""
@@ -32,7 +36,7 @@ class Plan:
     gathered_bytes: int
     """All weights, and gradients summed over micro-batches, as long as a step needs them."""
     activation_bytes: int
-    """What one micro-batch keeps for its backward pass, at most; compiling lessens it."""
+    """What one micro-batch keeps for its backward pass, at most."""
     step_tokens: int
     micro_batches: int
     steps: int
@@ -89,12 +93,15 @@ def make_plan(config: TrainConfig, ranks: int, device: torch.device) -> Plan:
     segments = micro_batches > 1 or config.segment is not None
     sharded = ranks > 1 or dtype != torch.float32
     length = config.segment or config.length // config.context_parallel
+    kept = micro * activation_bytes(model, length, dtype, config.recompute)
+    if config.compile and not config.recompute:
+        kept = round(COMPILED_SHARE * kept)
     return Plan(
         parameters=parameters,
         ranks=ranks,
         optimiser_bytes=16 * parameters // (config.shards or ranks),
         gathered_bytes=parameters * (dtype.itemsize + 4 * segments) if sharded else 0,
-        activation_bytes=micro * activation_bytes(model, length, dtype, config.recompute),
+        activation_bytes=kept,
         step_tokens=config.batch_size * config.length,
         micro_batches=micro_batches,
         steps=config.steps,

@@ -8,6 +8,7 @@ from typing import Any
 
 from benchmarks.rows import RESULTS, newest, read_rows
 
+Row = dict[str, Any]
 # Rows of other choices are in the file, not in the curves.
 USUAL = {"window": None, "recent": 16, "deterministic": False, "quantize": None}
 USUAL |= {"overlap": True, "fused": True}
@@ -15,12 +16,12 @@ USUAL |= {"overlap": True, "fused": True}
 CONTEXT, BATCH = 1024, 128
 
 
-def is_usual(row: dict[str, Any]) -> bool:
+def is_usual(row: Row) -> bool:
     """Whether a row of rounds was measured with the engine's defaults."""
     return all(row[name] == USUAL[name] for name in USUAL)
 
 
-def usual_rounds() -> list[dict[str, Any]]:
+def usual_rounds() -> list[Row]:
     """Rounds of the engine as users have it, the newest of each size."""
     rows = [row for row in read_rows("generation") if "tokens_per_second" in row]
     rounds = [row for row in rows if row["piece"] == "decode" and is_usual(row)]
@@ -37,10 +38,10 @@ def draw() -> Path:
         own, style = [row for row in rows if row["model"] == model], {"color": f"C{number}"}
         short = [row for row in own if row["context"] == CONTEXT]
         many = [row for row in own if row["batch"] == BATCH]
-        _curve(by_batch, short, "batch", "tokens_per_second", label=model, **style)
-        _curve(by_batch, short, "batch", "floor_tokens_per_second", linestyle=":", **style)
-        _curve(by_context, many, "context", "tokens_per_second", label=model, **style)
-        _curve(memory, many, "context", "peak_gigabytes", label=model, **style)
+        _curve(by_batch, short, "batch", _speed, label=model, **style)
+        _curve(by_batch, short, "batch", _floor, linestyle=":", **style)
+        _curve(by_context, many, "context", _speed, label=model, **style)
+        _curve(memory, many, "context", _gigabytes, label=model, **style)
     by_batch.set(xlabel="batch", ylabel="tokens/s", title=f"context {CONTEXT:,}; dotted: floor")
     by_context.set(xlabel="context, tokens", ylabel="tokens/s", title=f"batch {BATCH}")
     memory.set(xlabel="context, tokens", ylabel="peak memory, GB", title=f"batch {BATCH}")
@@ -54,17 +55,23 @@ def draw() -> Path:
     return path
 
 
-def _curve(axes: Any, rows: list[dict[str, Any]], over: str, what: str, **style: Any) -> None:
+def _speed(row: Row) -> float:
+    return row["tokens_per_second"]
+
+
+def _floor(row: Row) -> float:
+    return 1000 * row["batch"] / row["floor_ms"]
+
+
+def _gigabytes(row: Row) -> float:
+    return row["peak_bytes"] / 1e9
+
+
+def _curve(
+    axes: Any, rows: list[Row], over: str, value: Callable[[Row], float], **style: Any
+) -> None:
     line = sorted(rows, key=lambda row: row[over])
     if not line:
         return
-    values = [VALUES[what](row) for row in line]
     marker = "o" if "label" in style else ""
-    axes.plot([row[over] for row in line], values, marker=marker, **style)
-
-
-VALUES: dict[str, Callable[[dict[str, Any]], float]] = {
-    "tokens_per_second": lambda row: row["tokens_per_second"],
-    "floor_tokens_per_second": lambda row: 1000 * row["batch"] / row["floor_ms"],
-    "peak_gigabytes": lambda row: row["peak_bytes"] / 1e9,
-}
+    axes.plot([row[over] for row in line], [value(row) for row in line], marker=marker, **style)

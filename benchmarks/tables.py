@@ -64,7 +64,7 @@ def taylor_cpu() -> str:
         for row in rows
     ]
     headings = ["form", "direction", "tokens", "µs a token", "floor", "peak memory added"]
-    return markdown(headings, body) + "\n\n" + measured_on(rows[0])
+    return measured(headings, body, rows[:1])
 
 
 def kernels() -> str:
@@ -100,7 +100,7 @@ def side_by_side(op: str, sizes: dict[str, str], names: tuple[str, ...]) -> str:
         ]
         for key, found in times.items()
     ]
-    return markdown([*sizes, *names, "floor"], body) + "\n\n" + measured_on(rows[0])
+    return measured([*sizes, *names, "floor"], body, rows[:1])
 
 
 def prefill() -> str:
@@ -115,7 +115,7 @@ def prefill() -> str:
         for row in rows
     ]
     headings = ["model", "prompts", "tokens/s", "of the floor"]
-    return markdown(headings, body) + "\n\n" + measured_on(*rows)
+    return measured(headings, body, rows)
 
 
 def generation() -> str:
@@ -135,7 +135,7 @@ def generation() -> str:
         for row in rows
     ]
     headings = ["model", "context", "batch", "tokens/s", "ms a step", "of the floor", "memory"]
-    return markdown(headings, body) + "\n\n" + measured_on(*rows)
+    return measured(headings, body, rows)
 
 
 def whole_requests() -> str:
@@ -155,7 +155,7 @@ def whole_requests() -> str:
         for row in sorted(rows, key=lambda row: (row["batch"], -row["tokens_per_second"]))
     ]
     headings = ["model", "in", "prompt + new tokens", "new tokens/s", "seconds", "memory"]
-    return markdown(headings, body) + "\n\n" + measured_on(*rows)
+    return measured(headings, body, rows)
 
 
 def decode_profile() -> str:
@@ -174,7 +174,7 @@ def decode_profile() -> str:
         ]
         for row in rows
     ]
-    return markdown(["model, batch", "step", "floor", *kinds], body) + "\n\n" + measured_on(*rows)
+    return measured(["model, batch", "step", "floor", *kinds], body, rows)
 
 
 def quantization() -> str:
@@ -188,7 +188,7 @@ def quantization() -> str:
         for row in rows
     ]
     headings = ["weights", "perplexity", "recall hits", "the rest", "more nats a token"]
-    return markdown(headings, body) + "\n\n" + measured_on(*rows)
+    return measured(headings, body, rows)
 
 
 def _training_rows() -> list[dict]:
@@ -209,7 +209,7 @@ def training() -> str:
         for row in rows
     ]
     headings = ["model", "tokens a sequence", "tokens/s", "of peak", "memory"]
-    return markdown(headings, body) + "\n\n" + measured_on(*rows)
+    return measured(headings, body, rows)
 
 
 def training_profile() -> str:
@@ -232,7 +232,7 @@ def training_profile() -> str:
         ]
         for row in rows
     ]
-    return markdown(["model", "tokens", *kinds], body) + "\n\n" + measured_on(*rows)
+    return measured(["model", "tokens", *kinds], body, rows)
 
 
 def scaling() -> str:
@@ -250,6 +250,11 @@ def scaling() -> str:
         for row in rows
     ]
     headings = ["piece", "model", "GPUs", "result", "of ideal", "memory a GPU"]
+    return measured(headings, body, rows)
+
+
+def measured(headings: list[str], body: list[list[str]], rows: list[dict]) -> str:
+    """A table, and what its rows were measured on."""
     return markdown(headings, body) + "\n\n" + measured_on(*rows)
 
 

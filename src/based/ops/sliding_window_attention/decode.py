@@ -61,6 +61,45 @@ def _rotated(x_ptr, position, frequencies, lane, D: tl.constexpr, R: tl.constexp
 
 @triton.jit
 @no_type_check
+def _new_token(
+    k_ptr,
+    v_ptr,
+    seen_ptr,
+    frequencies,
+    row,
+    head,
+    k_stride,
+    v_stride,
+    slots,
+    lane,
+    dtype: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    R: tl.constexpr,
+):
+    """Its position and slot, how many slots hold others, where its head's begin; key and value."""
+    position = tl.load(seen_ptr + row)
+    place = (position % slots).to(tl.int32)
+    # Slots of other tokens than the new one, whose slot is left out.
+    past = tl.minimum(position, slots - 1).to(tl.int32)
+    key = _rotated(k_ptr + row * k_stride + head * D, position, frequencies, lane, D, R)
+    value = tl.load(v_ptr + row * v_stride + head * D + lane, mask=lane < D, other=0.0)
+    return position, place, past, row * slots * (G * D) + head * D, key.to(dtype), value
+
+
+@triton.jit
+@no_type_check
+def _cells(first, end, place, base, lane, G: tl.constexpr, D: tl.constexpr, BLOCK_S: tl.constexpr):
+    """Of BLOCK_S slots from number `first` on: which count, where they are, what is there."""
+    number = first + tl.arange(0, BLOCK_S)
+    real = number < end
+    slot = number + (number >= place).to(tl.int32)
+    cell = base + slot.to(tl.int64)[:, None] * (G * D) + lane[None, :]
+    return real, cell, real[:, None] & (lane < D)[None, :]
+
+
+@triton.jit
+@no_type_check
 def _attention_step_kernel(
     q_ptr,
     k_ptr,
@@ -76,7 +115,7 @@ def _attention_step_kernel(
     v_stride,
     slots,
     SCALE: tl.constexpr,
-    H: tl.constexpr,
+    G: tl.constexpr,
     D: tl.constexpr,
     R: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -89,15 +128,11 @@ def _attention_step_kernel(
     lane = tl.arange(0, BLOCK_D)
     inside = lane < D
     wait_for_previous(OVERLAP)
-    position = tl.load(seen_ptr + row)
-    place = (position % slots).to(tl.int32)
-    # Slots of other tokens than the new one, whose slot is left out.
-    past = tl.minimum(position, slots - 1).to(tl.int32)
+    position, place, past, base, key, value = _new_token(
+        *(k_ptr, v_ptr, seen_ptr, frequencies, row, head, k_stride, v_stride, slots, lane),
+        *(keys_ptr.dtype.element_ty, G, D, R),
+    )
     query = _rotated(q_ptr + row * q_stride + head * D, position, frequencies, lane, D, R) * SCALE
-    key = _rotated(k_ptr + row * k_stride + head * D, position, frequencies, lane, D, R)
-    value = tl.load(v_ptr + row * v_stride + head * D + lane, mask=inside, other=0.0)
-    base = row * slots * (H * D) + head * D
-    key = key.to(keys_ptr.dtype.element_ty)
     # Row r of a tile keeps a softmax of its own over slots r, r + BLOCK_S, ...; rows are
     # joined once, at the end.
     peaks = tl.full((BLOCK_S,), LOWEST, tl.float32)
@@ -107,11 +142,7 @@ def _attention_step_kernel(
     begin, end = part * share, tl.minimum(part * share + share, past)
     # Several tiles are on their way at a time.
     for first in tl.range(begin, end, BLOCK_S, num_stages=STAGES):
-        number = first + tl.arange(0, BLOCK_S)
-        real = number < end
-        slot = number + (number >= place).to(tl.int32)
-        cell = base + slot.to(tl.int64)[:, None] * (H * D) + lane[None, :]
-        present = real[:, None] & inside[None, :]
+        real, cell, present = _cells(first, end, place, base, lane, G, D, BLOCK_S)
         k = tl.load(keys_ptr + cell, mask=present, other=0.0).to(tl.float32)
         score = tl.where(real, tl.sum(k * query[None, :], axis=1), float("-inf"))
         v = tl.load(values_ptr + cell, mask=present, other=0.0).to(tl.float32)
@@ -127,12 +158,12 @@ def _attention_step_kernel(
     total = tl.sum(totals * scale) + own
     out = tl.sum(tile * scale[:, None], axis=0) + own * value.to(tl.float32)
     if part == 0:
-        tl.store(keys_ptr + base + place * (H * D) + lane, key, mask=inside)
-        tl.store(values_ptr + base + place * (H * D) + lane, value, mask=inside)
+        tl.store(keys_ptr + base + place * (G * D) + lane, key, mask=inside)
+        tl.store(values_ptr + base + place * (G * D) + lane, value, mask=inside)
     if SPLITS == 1:
-        tl.store(out_ptr + (row * H + head) * D + lane, out / total, mask=inside)
+        tl.store(out_ptr + (row * G + head) * D + lane, out / total, mask=inside)
     else:
-        store = parts_ptr + ((row * H + head) * SPLITS + part) * (BLOCK_D + 2)
+        store = parts_ptr + ((row * G + head) * SPLITS + part) * (BLOCK_D + 2)
         tl.store(store + lane, out)
         tl.store(store + BLOCK_D, peak)
         tl.store(store + BLOCK_D + 1, total)
@@ -155,7 +186,7 @@ def _grouped_attention_step_kernel(
     v_stride,
     slots,
     SCALE: tl.constexpr,
-    H: tl.constexpr,
+    G: tl.constexpr,
     GROUP: tl.constexpr,
     MEMBERS: tl.constexpr,
     D: tl.constexpr,
@@ -170,16 +201,13 @@ def _grouped_attention_step_kernel(
     lane, member = tl.arange(0, BLOCK_D), tl.arange(0, MEMBERS)
     inside, head = lane < D, owner * GROUP + tl.minimum(member, GROUP - 1)
     wait_for_previous(OVERLAP)
-    position = tl.load(seen_ptr + row)
-    place = (position % slots).to(tl.int32)
-    past = tl.minimum(position, slots - 1).to(tl.int32)
+    position, place, past, base, key, value = _new_token(
+        *(k_ptr, v_ptr, seen_ptr, frequencies, row, owner, k_stride, v_stride, slots, lane),
+        *(keys_ptr.dtype.element_ty, G, D, R),
+    )
     query = _rotated(
         q_ptr + row * q_stride + head[:, None] * D, position, frequencies, lane[None, :], D, R
     )
-    key = _rotated(k_ptr + row * k_stride + owner * D, position, frequencies, lane, D, R)
-    value = tl.load(v_ptr + row * v_stride + owner * D + lane, mask=inside, other=0.0)
-    base = row * slots * (H // GROUP * D) + owner * D
-    key = key.to(keys_ptr.dtype.element_ty)
     query = query.to(keys_ptr.dtype.element_ty)
     peaks = tl.full((MEMBERS,), LOWEST, tl.float32)
     totals = tl.zeros((MEMBERS,), tl.float32)
@@ -187,11 +215,7 @@ def _grouped_attention_step_kernel(
     share = tl.cdiv(past, SPLITS)
     begin, end = part * share, tl.minimum(part * share + share, past)
     for first in tl.range(begin, end, BLOCK_S, num_stages=STAGES):
-        number = first + tl.arange(0, BLOCK_S)
-        real = number < end
-        slot = number + (number >= place).to(tl.int32)
-        cell = base + slot.to(tl.int64)[:, None] * (H // GROUP * D) + lane[None, :]
-        present = real[:, None] & inside[None, :]
+        real, cell, present = _cells(first, end, place, base, lane, G, D, BLOCK_S)
         k = tl.load(keys_ptr + cell, mask=present, other=0.0)
         score = dot(query, tl.trans(k), "ieee") * SCALE
         score = tl.where(real[None, :], score, float("-inf"))
@@ -209,14 +233,14 @@ def _grouped_attention_step_kernel(
     total = totals * scale + own
     out = tile * scale[:, None] + own[:, None] * value.to(tl.float32)[None, :]
     if part == 0:
-        tl.store(keys_ptr + base + place * (H // GROUP * D) + lane, key, mask=inside)
-        tl.store(values_ptr + base + place * (H // GROUP * D) + lane, value, mask=inside)
+        tl.store(keys_ptr + base + place * (G * D) + lane, key, mask=inside)
+        tl.store(values_ptr + base + place * (G * D) + lane, value, mask=inside)
     real = member < GROUP
     if SPLITS == 1:
-        cell = (row * H + head)[:, None] * D + lane[None, :]
+        cell = (row * (G * GROUP) + head)[:, None] * D + lane[None, :]
         tl.store(out_ptr + cell, out / total[:, None], mask=real[:, None] & inside[None, :])
     else:
-        store = parts_ptr + ((row * H + head) * SPLITS + part) * (BLOCK_D + 2)
+        store = parts_ptr + ((row * (G * GROUP) + head) * SPLITS + part) * (BLOCK_D + 2)
         tl.store(store[:, None] + lane[None, :], out, mask=real[:, None])
         tl.store(store + BLOCK_D, peak, mask=real)
         tl.store(store + BLOCK_D + 1, total, mask=real)
@@ -284,7 +308,7 @@ def attention_step_kernel(
         v.stride(0),
         S,
         SCALE=D**-0.5,
-        H=H,
+        G=G,
         D=D,
         R=R,
         SPLITS=splits,

@@ -36,12 +36,12 @@ POINTS = [
 
 def at_once(job: Job) -> "Future[list[dict] | None]":
     future: Future[list[dict] | None] = Future()
-    future.set_result(work(job))
+    future.set_result(work(job, "cpu"))
     return future
 
 
 def run(results: Results, points=POINTS, **options) -> list[tuple[Point, list[dict] | None]]:
-    return list(sweep(points, results, at_once, ["cpu"], **options))
+    return list(sweep(points, results, at_once, **options))
 
 
 def test_a_sweep_trains_what_is_missing(tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_out_of_time_everything_is_put_aside_and_goes_on(tmp_path: Path) -> None
         submitted.append(job.point)
         return at_once(job)
 
-    list(sweep(POINTS, results, submit, ["cpu"]))
+    list(sweep(POINTS, results, submit))
     # What had begun comes first.
     assert submitted == [POINTS[2], *POINTS[:2]]
     assert len(results.rows()) == 6
@@ -128,7 +128,7 @@ def test_a_failed_point_is_tried_again(tmp_path: Path, monkeypatch: pytest.Monke
 def test_processes_side_by_side(tmp_path: Path) -> None:
     results = Results(tmp_path, RECIPE)
     with local_workers(2) as submit:
-        list(sweep(POINTS[:2], results, submit, ["cpu"], threads=1))
+        list(sweep(POINTS[:2], results, submit, threads=1))
     alone = Results(tmp_path / "alone", RECIPE)
     run(alone, POINTS[:2])
     curves = [
@@ -141,7 +141,7 @@ def test_processes_side_by_side(tmp_path: Path) -> None:
 def test_a_ray_cluster(tmp_path: Path) -> None:
     results = Results(tmp_path, RECIPE)
     with ray_workers("local") as submit:
-        list(sweep(POINTS, results, submit, ["cpu"], threads=1))
+        list(sweep(POINTS, results, submit, threads=1))
     assert len(results.rows()) == 6
 
 
@@ -243,7 +243,7 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     assert "| configuration |" in (Path(out) / "frontier.md").read_text()
 
 
-def _here(jobs: int):
+def _here(jobs: int, devices: list[str]):
     from contextlib import nullcontext
 
     return nullcontext(at_once)

@@ -92,13 +92,28 @@ def test_a_diverged_learning_rate_is_recorded_and_alone() -> None:
 def test_compiled_lanes_go_on_until_half_have_ended() -> None:
     """Ended ones are computed along and not looked at; the others end as ever."""
     recipe = replace(RECIPE, epochs=4, learning_rates=(1e-3, 1e30, 1e-2))
-    alike = [PointTrainer(POINT, recipe, CPU, fuse=fuse) for fuse in (False, True)]
+    alike = [PointTrainer(POINT, recipe, CPU) for _ in range(2)]
+    alike[1].compile()
     rows = [trainer.train() for trainer in alike]
     assert [len(trainer.lanes.peaks) for trainer in alike] == [2, 3]
     assert [row["status"] for row in rows[1]] == ["done", "diverged", "done"]
     assert [row["epochs"] for row in rows[1]] == [4, 1, 4]
     for one, other in zip(*rows, strict=True):
         assert {**one, "seconds": 0} == {**other, "seconds": 0}
+
+
+def test_steps_are_compiled_once_an_epoch_has_shown_that_it_pays(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe, compiled = replace(RECIPE, epochs=3), []
+    monkeypatch.setattr(PointTrainer, "compile", lambda trainer: compiled.append(trainer.epoch))
+    PointTrainer(POINT, recipe, CPU, fuse=True).train()
+    assert compiled == []
+    monkeypatch.setattr("based.recall.train.COMPILING_PAYS", 0.0)
+    PointTrainer(POINT, recipe, CPU, fuse=True).train()
+    assert compiled == [1, 2]
+    PointTrainer(POINT, recipe, CPU).train()
+    assert compiled == [1, 2]
 
 
 def test_the_rule_for_hopeless_learning_rates() -> None:

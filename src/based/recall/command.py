@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -67,7 +66,7 @@ class Sweep:
     drop_hopeless: bool = False
     """End learning rates early that cannot win any more."""
     fuse: bool = False
-    """On a GPU, compile training steps: a minute a point, and half of the memory traffic."""
+    """On a GPU, compile training steps where what is left of a point repays it."""
     seeds: tuple[int, ...] = (124, 125)
     """Other seeds of the grid `seeds`."""
     only: tuple[str, ...] = ()
@@ -219,19 +218,21 @@ def _train(
     from rich.progress import Progress
 
     from based.recall.sweep import sweep
+    from based.recall.workers import cores, default_jobs, local_devices
 
+    devices = local_devices(options.device)
+    jobs = options.jobs or default_jobs(devices)
     minutes, began, aside = options.minutes, time.monotonic(), 0
     deadline = float("inf") if minutes is None else time.time() + 60 * minutes
     with (
-        _workers(options) as (submit, devices),
+        _workers(options, jobs, devices) as submit,
         Progress(console=console, transient=True) as progress,
     ):
         task = progress.add_task("points", total=len(points))
-        threads = 1 if devices == ["cpu"] else None
         ended = sweep(
-            *(points, results, submit, devices),
+            *(points, results, submit),
             deadline=deadline,
-            threads=threads,
+            threads=max(1, cores() // jobs),
             fuse=options.fuse,
             rates=rates,
         )
@@ -246,19 +247,14 @@ def _train(
         console.print(f"{aside} points wait: the same command goes on")
 
 
-@contextmanager
-def _workers(options: Sweep) -> Iterator[tuple[Submit, list[str]]]:
-    """How jobs are submitted, and the devices they take turns on."""
-    from based.recall.workers import default_jobs, local_devices, local_workers, ray_workers
+def _workers(options: Sweep, jobs: int, devices: list[str]) -> AbstractContextManager[Submit]:
+    """How jobs are submitted."""
+    from based.recall import workers
 
-    devices = local_devices(options.device)
-    if options.ray is not None:
-        # Ray shows a worker its own GPU alone.
-        with ray_workers(options.ray) as submit:
-            yield submit, [devices[0].split(":")[0]]
-    else:
-        with local_workers(options.jobs or default_jobs(devices)) as submit:
-            yield submit, devices
+    if options.ray is None:
+        return workers.local_workers(jobs, devices)
+    # Ray shows a worker its own GPU alone.
+    return workers.ray_workers(options.ray, devices[0].split(":")[0])
 
 
 def _winner(rows: list[Row]) -> Row:

@@ -42,19 +42,23 @@ def fused(lanes: Lanes, batch: Segment, backend: str = "inductor") -> Step:
     Traced by running it once, below vmap and autograd: what reaches the compiler
     is one flat list of operations, whatever the mixers are made of.
     """
+    from torch._dynamo.backends.registry import lookup_backend
     from torch.fx.experimental.proxy_tensor import make_fx
 
     names, tensors = zip(*lanes.tensors().items(), strict=True)
 
-    def step(*inputs: Tensor) -> None:
+    def step(*inputs: Tensor) -> tuple[()]:
         own = copy.copy(lanes)
         vars(own).update(zip(names, inputs, strict=False))
         own.flat = own.flat.detach().requires_grad_()
         train_step(own, Segment(*inputs[len(names) :]))
+        return ()
 
     inputs = *tensors, *batch
     graph = make_fx(step)(*inputs)
-    compiled = torch.compile(graph, fullgraph=True, dynamic=False, backend=backend)
+    # Not torch.compile: Dynamo would trace the flat graph again, most of the time there.
+    with torch.no_grad():
+        compiled = lookup_backend(backend)(graph, list(inputs))
 
     def run() -> None:
         with torch.no_grad():

@@ -22,7 +22,6 @@ class Job:
     point: Point
     recipe: Recipe
     folder: Path
-    device: str
     deadline: float
     threads: int | None = None
     fuse: bool = False
@@ -31,9 +30,10 @@ class Job:
 Submit = Callable[[Job], "Future[list[Row] | None]"]
 
 
-def work(job: Job) -> list[Row] | None:
+def work(job: Job, device: str) -> list[Row] | None:
     """Trains a point; its rows, or None if it was put aside before the deadline."""
     import torch
+    import torch._inductor.config
 
     from based.recall.train import PointTrainer, describe
 
@@ -41,11 +41,13 @@ def work(job: Job) -> list[Row] | None:
         return None
     if job.threads is not None:
         torch.set_num_threads(job.threads)
-    device = torch.device(job.device)
-    if device.index is not None:
-        torch.cuda.set_device(device)
+        # More than its share, for not all compile at once.
+        torch._inductor.config.compile_threads = max(2, job.threads)
+    where = torch.device(device)
+    if where.index is not None:
+        torch.cuda.set_device(where)
     try:
-        trainer = PointTrainer(job.point, job.recipe, device, job.folder, job.fuse)
+        trainer = PointTrainer(job.point, job.recipe, where, job.folder, job.fuse)
         return trainer.train(job.deadline)
     except BasedError as error:
         status, reason = "impossible", str(error)
@@ -60,7 +62,6 @@ def sweep(
     points: Sequence[Point],
     results: Results,
     submit: Submit,
-    devices: Sequence[str],
     *,
     deadline: float = float("inf"),
     threads: int | None = None,
@@ -81,11 +82,10 @@ def sweep(
     ]
     todo.sort(key=lambda pair: not results.checkpoint(pair[0]).exists())
     futures: dict[Future[list[Row] | None], Point] = {}
-    for number, (point, missing) in enumerate(todo):
+    for point, missing in todo:
         recipe = replace(results.recipe, learning_rates=missing)
-        device = devices[number % len(devices)]
         folder = results.checkpoint(point)
-        futures[submit(Job(point, recipe, folder, device, deadline, threads, fuse))] = point
+        futures[submit(Job(point, recipe, folder, deadline, threads, fuse))] = point
     try:
         for future in as_completed(futures):
             point, rows = futures[future], future.result()

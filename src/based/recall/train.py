@@ -24,6 +24,8 @@ from based.recall.steps import Stepper, stepper, train_step
 
 # Tokens evaluated together.
 TEST_TOKENS = {"cuda": 1 << 16, "cpu": 1 << 13}
+# Seconds of a point's training left from which compiling its steps is worth the while.
+COMPILING_PAYS = 60.0
 # A running point is saved when a sweep's time is up, and at least this often, in seconds.
 SAVE_EVERY = 60.0
 
@@ -57,7 +59,8 @@ class History:
 class PointTrainer:
     """A point in training; `train` goes on until it is done or time is up.
 
-    With `fuse` its steps are compiled, on a GPU alone: see `steps.fused`.
+    With `fuse` its steps are compiled (on a GPU alone: see `steps.fused`) as soon as
+    an epoch has shown that those left will take longer than `COMPILING_PAYS`.
     """
 
     def __init__(
@@ -111,6 +114,8 @@ class PointTrainer:
             if on_epoch is not None:
                 on_epoch(self.epoch, {r: h.accuracies[-1] for r, h in self.histories.items()})
             last = time.monotonic() - began
+            if self._fuse and not self._compiled and self._left(last) > COMPILING_PAYS:
+                self.compile()
             if time.monotonic() - self._saved > SAVE_EVERY and not self.done:
                 self.save()
         return self.rows()
@@ -166,10 +171,19 @@ class PointTrainer:
         for name, tensor in self.lanes.tensors().items():
             tensor.copy_(saved["lanes"][name])
 
-    def _prepare(self) -> None:
+    def compile(self) -> None:
+        """From here on steps are compiled, on a GPU; takes effect with the next one."""
+        self._prepare(compiled=True)
+
+    def _prepare(self, compiled: bool = False) -> None:
         # Graphs that were recorded before give their memory back first.
         self._step: Stepper = train_step
-        self._step = stepper(self.lanes, self._fuse, self.recipe.batch_size)
+        self._step = stepper(self.lanes, compiled, self.recipe.batch_size)
+        self._compiled = compiled
+
+    def _left(self, epoch_seconds: float) -> float:
+        """Seconds until the last epoch ends, if each takes as long."""
+        return 0.0 if self.done else epoch_seconds * (self.recipe.epochs - self.epoch)
 
     def _train_epoch(self, batches: Any) -> None:
         # Dropout is a function of the epoch, so that a run that was put aside goes on alike.
@@ -211,7 +225,7 @@ class PointTrainer:
     def _shrink(self) -> None:
         """Leaves out ended lanes; where steps were compiled for all, only once half have ended."""
         running, lanes = self._running, len(self.lanes.peaks)
-        if running and len(running) < lanes and (not self._fuse or 2 * len(running) <= lanes):
+        if running and len(running) < lanes and (not self._compiled or 2 * len(running) <= lanes):
             self.lanes.keep(running)
             self._prepare()
 

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import get_context
+from multiprocessing.queues import SimpleQueue
 
 from based.errors import BasedError
 from based.recall.results import Row
 from based.recall.sweep import Job, Submit, work
 
 # Points side by side on one GPU: while one records, tests or waits for its host, another computes.
-JOBS_PER_GPU = 2
+JOBS_PER_GPU = 4
+# The device of a worker process.
+_own_device = "cpu"
 
 
 def local_devices(device: str) -> list[str]:
@@ -31,23 +34,39 @@ def local_devices(device: str) -> list[str]:
 
 def default_jobs(devices: list[str]) -> int:
     """Enough jobs to fill the GPUs, or the cores."""
-    if devices[0].startswith("cuda"):
-        return JOBS_PER_GPU * len(devices)
+    return JOBS_PER_GPU * len(devices) if devices[0].startswith("cuda") else cores()
+
+
+def cores() -> int:
+    """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager
-def local_workers(jobs: int) -> Iterator[Submit]:
-    """Processes of this machine."""
-    pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"))
+def local_workers(jobs: int, devices: Sequence[str] = ("cpu",)) -> Iterator[Submit]:
+    """Processes of this machine, as many on each device; one that is free takes the next job."""
+    context = get_context("spawn")
+    free = context.SimpleQueue()
+    for number in range(jobs):
+        free.put(devices[number % len(devices)])
+    pool = ProcessPoolExecutor(jobs, context, _take_device, (free,))
     try:
-        yield lambda job: pool.submit(work, job)
+        yield lambda job: pool.submit(_work_on_own_device, job)
     finally:
         pool.shutdown(cancel_futures=True)
 
 
+def _take_device(free: SimpleQueue[str]) -> None:
+    global _own_device
+    _own_device = free.get()
+
+
+def _work_on_own_device(job: Job) -> list[Row] | None:
+    return work(job, _own_device)
+
+
 @contextmanager
-def ray_workers(address: str) -> Iterator[Submit]:
+def ray_workers(address: str, device: str = "cpu") -> Iterator[Submit]:
     """Workers of a Ray cluster (`auto`, `local`, or host:port); needs the extra `ray`.
 
     Running points are put aside in the sweep's directory, which all nodes must see.
@@ -64,8 +83,8 @@ def ray_workers(address: str) -> Iterator[Submit]:
     remote = ray.remote(work)
 
     def submit(job: Job) -> Future[list[Row] | None]:
-        needs = {"num_gpus": 1 / JOBS_PER_GPU} if job.device.startswith("cuda") else {"num_cpus": 1}
-        return remote.options(**needs).remote(job).future()
+        needs = {"num_gpus": 1 / JOBS_PER_GPU} if device == "cuda" else {"num_cpus": 1}
+        return remote.options(**needs).remote(job, device).future()
 
     try:
         yield submit

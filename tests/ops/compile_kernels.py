@@ -114,6 +114,16 @@ def around() -> None:
     swiglu_kernel(empty(4, 7168))
 
 
+def recurrence(K: int, dtype: torch.dtype, decays: int, low_rank: bool, precision: str) -> None:
+    from based.ops.linear_recurrence import operator
+
+    k, v, g = (empty(2, 256, 2, size, dtype=dtype) for size in (K, 64, decays))
+    pair = (k, k) if low_rank else (None, None)
+    given, state = (k, k, v, *pair, g.float()), empty(2, 2, K, 64, dtype=F32)
+    out, last, marks = operator._forward._init_fn(*given, state, precision)
+    operator._backward._init_fn(*given, marks, out, last, precision)
+
+
 def decode() -> None:
     from based.ops.few_rows_linear import decode, tiles
     from based.ops.gated_short_convolution.decode import convolution_step_kernel
@@ -166,6 +176,11 @@ def decode() -> None:
 GROUPS: dict[str, Callable[[], object]] = {
     "around": around,
     "decode": decode,
+    "recurrence": lambda: [
+        recurrence(32, F32, 32, False, "tf32x3"),
+        recurrence(64, F32, 64, True, "tf32"),
+        recurrence(128, BF16, 1, True, "tf32"),
+    ],
     "window": lambda: [window(64, BF16), window(112, BF16), window(128, F32)],
     "taylor-16-64": lambda: taylor(16, 64, BF16),
     "taylor-16-112": lambda: taylor(16, 112, BF16),

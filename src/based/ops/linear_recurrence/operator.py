@@ -1,0 +1,194 @@
+"""The kernels as operators, and which inputs they take."""
+
+from typing import Any
+
+import torch
+import triton
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from based.ops.lanes import lanes_as_rows
+from based.ops.linear_recurrence import triton as programs
+
+# Tokens of a chunk: what the kernels multiply at once, the least that a tensor core takes.
+CHUNK = 16
+
+Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+@lanes_as_rows
+def linear_recurrence(
+    q: Float[Tensor, "B T H K"],
+    k: Float[Tensor, "B T H K"],
+    v: Float[Tensor, "B T H V"],
+    a: Float[Tensor, "B T H K"] | None,
+    b: Float[Tensor, "B T H K"] | None,
+    log_decay: Float[Tensor, "B T H #K"],
+    state: Float[Tensor, "B H K V"],
+) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B H K V"]]:
+    """Outputs in v's dtype and the final state, float32.
+
+    Any strides; a and b are given both or neither; log_decay
+    <= 0 is one number a head or one a channel. Products are in TF32 where torch's
+    own of float32 are, otherwise in three TF32 products that come close to float32.
+    """
+    given = (q, k, v, a, b, log_decay.float(), state.float().contiguous())
+    return _Recurrence.apply(*given, _precision())
+
+
+def _precision() -> str:
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+class _Recurrence(torch.autograd.Function):
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        a: Tensor | None,
+        b: Tensor | None,
+        g: Tensor,
+        state: Tensor,
+        precision: str,
+    ) -> tuple[Tensor, Tensor]:
+        out, last, marks = _forward(q, k, v, a, b, g, state, precision)
+        ctx.save_for_backward(q, k, v, a, b, g, marks)
+        ctx.precision = precision
+        return out, last
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, d_out: Tensor, d_last: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        q, k, v, a, b, g, marks = ctx.saved_tensors
+        given = d_out.contiguous(), d_last.contiguous()
+        *parts, dv, d_state = _backward(q, k, v, a, b, g, marks, *given, ctx.precision)
+        dq, dk, da, db, dg = (part.sum(0) if len(part) > 1 else part[0] for part in parts)
+        low_rank = (None, None) if a is None or b is None else (da.to(a.dtype), db.to(b.dtype))
+        return dq.to(q.dtype), dk.to(k.dtype), dv, *low_rank, dg, d_state, None
+
+
+# Operators, so that `torch.compile` takes the launches as they are.
+@torch.library.custom_op("based::linear_recurrence", mutates_args=())
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    g: Tensor,
+    state: Tensor,
+    precision: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Outputs, final state, and the state before every chunk and after the last."""
+    out, last, marks = _forward_fake(q, k, v, a, b, g, state, precision)
+    programs.forward[_grid(v, q.shape[3])](
+        *(q, k, v, a, b, g, state, out, last, marks),
+        **_sizes(q, k, v, a, b, g, precision),
+    )
+    return out, last, marks
+
+
+@_forward.register_fake
+def _forward_fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    g: Tensor,
+    state: Tensor,
+    precision: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    B, H, K, V = state.shape
+    marks = state.new_empty(B, H, -(-v.shape[1] // CHUNK) + 1, K, V)
+    return v.new_empty(v.shape), torch.empty_like(state), marks
+
+
+@torch.library.custom_op("based::linear_recurrence_backward", mutates_args=())
+def _backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    g: Tensor,
+    marks: Tensor,
+    d_out: Tensor,
+    d_last: Tensor,
+    precision: str,
+) -> Parts:
+    """Gradients of q, k, a, b, g, v and state; of the first five a part from every block of v."""
+    gradients = _backward_fake(q, k, v, a, b, g, marks, d_out, d_last, precision)
+    programs.backward[_grid(v, q.shape[3])](
+        *(q, k, v, a, b, g, marks, d_out, d_last, *gradients),
+        **_sizes(q, k, v, a, b, g, precision),
+    )
+    return gradients
+
+
+@_backward.register_fake
+def _backward_fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    g: Tensor,
+    marks: Tensor,
+    d_out: Tensor,
+    d_last: Tensor,
+    precision: str,
+) -> Parts:
+    _, blocks = _grid(v, q.shape[3])
+    dq, dk = (marks.new_empty(blocks, *x.shape) for x in (q, k))
+    da, db = (torch.empty_like(dq) if x is not None else dq.new_empty(1) for x in (a, b))
+    dg = marks.new_empty(blocks, *g.shape)
+    return dq, dk, da, db, dg, v.new_empty(v.shape), torch.empty_like(d_last)
+
+
+def _block(K: int) -> int:
+    """Columns of the state that a program holds, at most."""
+    return 64 if K <= 64 else 32
+
+
+def _grid(v: Tensor, K: int) -> tuple[int, int]:
+    B, _, H, V = v.shape
+    return B * H, -(-V // _block(K))
+
+
+def _sizes(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    g: Tensor,
+    precision: str,
+) -> dict[str, Any]:
+    (_, T, H, K), V = q.shape, v.shape[3]
+    tensors = {"q": q, "k": k, "v": v, "a": a, "b": b, "g": g}
+    strides = {
+        f"{name}_{axis}": 0 if x is None else x.stride(place)
+        for name, x in tensors.items()
+        for place, axis in enumerate("bthc")
+    }
+    return {
+        **strides,
+        "T": T,
+        "H": H,
+        "K": K,
+        "V": V,
+        "CHUNK": CHUNK,
+        "LEVELS": CHUNK.bit_length() - 1,
+        "BLOCK_K": max(16, triton.next_power_of_2(K)),
+        "BLOCK_V": min(_block(K), max(16, triton.next_power_of_2(V))),
+        "A_CHANNEL": g.shape[3] > 1,
+        "LOW_RANK": a is not None,
+        "PRECISION": precision,
+        "num_warps": 8 if K > 32 else 4,
+    }

@@ -114,6 +114,19 @@ def around() -> None:
     swiglu_kernel(empty(4, 7168))
 
 
+def rows() -> None:
+    from based.ops.row_norm import operator as norm
+    from based.ops.short_convolution import operator as convolution
+
+    for dtype in (F32, BF16):
+        x, weight, taps = (empty(*s, dtype=dtype) for s in ((4, 256, 128), (4, 128), (4, 128, 4)))
+        for bias, gate in ((weight, x), (None, None)):
+            convolution._forward._init_fn(x, taps, bias, gate)
+            convolution._backward._init_fn(x, taps, bias, gate, x)
+            norm._forward._init_fn(x, weight, bias, 1e-5, bias is not None)
+            norm._backward._init_fn(x, weight, x, bias is not None, 1e-5, bias is not None)
+
+
 def recurrence(K: int, dtype: torch.dtype, decays: int, low_rank: bool, precision: str) -> None:
     from based.ops.linear_recurrence import operator
 
@@ -176,6 +189,7 @@ def decode() -> None:
 GROUPS: dict[str, Callable[[], object]] = {
     "around": around,
     "decode": decode,
+    "rows": rows,
     "recurrence": lambda: [
         recurrence(32, F32, 32, False, "tf32x3"),
         recurrence(64, F32, 64, True, "tf32"),

@@ -9,7 +9,16 @@ import pytest
 
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
 GROUPS = (
-    *("around", "decode", "recurrence", "window", "taylor-16-64", "taylor-16-112", "taylor-32-64"),
+    *(
+        "around",
+        "decode",
+        "recurrence",
+        "rows",
+        "window",
+        "taylor-16-64",
+        "taylor-16-112",
+        "taylor-32-64",
+    ),
     *("taylor-24-112", "taylor-16-64-float32", "taylor-16-128-float32"),
 )
 

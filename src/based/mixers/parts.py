@@ -9,9 +9,11 @@ from torch.nn import functional as F
 
 from based.errors import BasedError
 from based.mixers.base import TensorSpec, at_least_one
-from based.ops.gated_short_convolution.shifted import next_past, short_convolution
+from based.ops.gated_short_convolution.shifted import next_past
 from based.ops.gated_short_convolution.step import short_convolution_step
 from based.ops.precision import state_dtype
+from based.ops.row_norm import rms_norm
+from based.ops.short_convolution import activated_convolution
 
 
 class ShortConvolution(nn.Module):
@@ -36,15 +38,12 @@ class ShortConvolution(nn.Module):
         self, x: Float[Tensor, "B T C"], past: Float[Tensor, "B P C"] | None = None
     ) -> tuple[Float[Tensor, "B T C"], Float[Tensor, "B P C"] | None]:
         """The convolved inputs, and the next state if one was given."""
-        y = short_convolution(x, self.weight.to(x.dtype), past)
-        return self._activate(y), None if past is None else next_past(x, past)
+        y = activated_convolution(x, self.weight, self.bias, past=past)
+        return y, None if past is None else next_past(x, past)
 
     def step(self, x: Float[Tensor, "B C"], past: Float[Tensor, "B P C"]) -> Float[Tensor, "B C"]:
         """One token for every row; changes the state in place."""
         return short_convolution_step(x, self.weight, self.bias, past)
-
-    def _activate(self, y: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
-        return F.silu(y if self.bias is None else y + self.bias.to(y.dtype))
 
 
 def time_step_bias(size: int) -> Float[Tensor, " C"]:
@@ -57,7 +56,7 @@ def head_norm(
     x: Float[Tensor, "... H D"], weight: Float[Tensor, " D"], eps: float = 1e-5
 ) -> Float[Tensor, "... C"]:
     """RMSNorm of each head; the heads side by side again."""
-    return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps).flatten(-2)
+    return rms_norm(x, weight.to(x.dtype), eps).flatten(-2)
 
 
 def unit(x: Float[Tensor, "... D"], eps: float = 1e-6) -> Float[Tensor, "... D"]:

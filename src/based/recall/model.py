@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from based.mixers import Mixer, build_mixer
 from based.mixers.hyena import SineFilter
 from based.mixers.rwkv7 import RWKV7
+from based.ops.row_norm import layer_norm, rms_norm
 
 
 class Layer(NamedTuple):
@@ -49,11 +50,12 @@ class TransformerBlock(nn.Module):
 
     def mix(self, x: Float[Tensor, "B T C"]) -> Float[Tensor, "B T C"]:
         """The part in which tokens meet."""
-        return x + self.mixer(self.norm1(x))[0]
+        normed = layer_norm(x, self.norm1.weight, self.norm1.bias, self.norm1.eps)
+        return x + self.mixer(normed)[0]
 
     def finish(self, x: Float[Tensor, "B T C"]) -> Float[Tensor, "B T C"]:
         """The part a token has to itself."""
-        return x + self.norm2(x)
+        return layer_norm(x, self.norm2.weight, self.norm2.bias, self.norm2.eps, residual=True)
 
 
 class MambaBlock(nn.Module):
@@ -65,7 +67,7 @@ class MambaBlock(nn.Module):
 
     def mix(self, x: Float[Tensor, "B T C"]) -> Float[Tensor, "B T C"]:
         """The part in which tokens meet."""
-        return x + self.mixer(self.norm(x))[0]
+        return x + self.mixer(rms_norm(x, self.norm.weight, 1e-5))[0]
 
     def finish(self, x: Float[Tensor, "B T C"]) -> Float[Tensor, "B T C"]:
         """Nothing: the block is its mixer."""
@@ -94,7 +96,7 @@ class Body(nn.Module):
             if number == len(self.blocks):
                 x = x.gather(1, positions.long()[..., None].expand(-1, -1, x.shape[-1]))
             x = block.finish(x)
-        return self.norm(x)
+        return layer_norm(x, self.norm.weight, self.norm.bias, self.norm.eps)
 
 
 class RecallModel(nn.Module):

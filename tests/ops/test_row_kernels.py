@@ -1,0 +1,100 @@
+"""Convolutions and norms whose weights differ from row to row: the kernels, and lanes."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from based.ops import kernels
+from based.ops.gated_short_convolution.shifted import short_convolution
+from based.ops.row_norm import layer_norm, rms_norm
+from based.ops.row_norm import operator as norm_operator
+from based.ops.short_convolution import activated_convolution
+from based.ops.short_convolution import operator as convolution_operator
+
+# Without a GPU the kernels are interpreted.
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def _with_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "INTERPRETING", DEVICE == "cpu")
+    # So that short sequences have several stretches too.
+    monkeypatch.setattr(convolution_operator, "STRETCH", 32)
+    monkeypatch.setattr(norm_operator, "STRETCH", 32)
+
+
+def randn(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def check(op: Callable[..., Tensor], want: Callable[..., Tensor], *inputs: Tensor) -> None:
+    """`op` in float32 is `want` in float64, gradients too."""
+    exact = [x.clone().requires_grad_() for x in inputs]
+    mine = [x.float().to(DEVICE).requires_grad_() for x in inputs]
+    y, z = op(*mine), want(*exact)
+    weight = torch.randn_like(z)
+    got = [y, *torch.autograd.grad(y, mine, weight.to(y))]
+    for one, other in zip(got, [z, *torch.autograd.grad(z, exact, weight)], strict=True):
+        assert (one.cpu() - other).norm() < 2e-6 * other.norm()
+
+
+def plain(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    y = short_convolution(x, weight)
+    return F.silu(y if bias is None else y + bias)
+
+
+def gated(x: Tensor, weight: Tensor, bias: Tensor, gate: Tensor) -> Tensor:
+    return (short_convolution(x, weight) + bias) * gate + x
+
+
+@pytest.mark.parametrize(("T", "C", "W"), [(1, 3, 3), (16, 64, 4), (75, 70, 3), (33, 8, 1)])
+def test_the_convolution_and_what_follows(T: int, C: int, W: int) -> None:
+    x, weight, bias = randn(2, T, C), randn(C, W), randn(C)
+    check(activated_convolution, plain, x, weight)
+    check(activated_convolution, plain, x, weight, bias)
+    check(activated_convolution, gated, x, weight, bias, randn(2, T, C))
+
+
+def test_a_past_takes_the_shifted_form() -> None:
+    x, weight, past = randn(2, 9, 5), randn(5, 3), randn(2, 2, 5)
+    whole = F.silu(short_convolution(torch.cat([past, x], 1), weight))[:, 2:]
+    torch.testing.assert_close(activated_convolution(x, weight, past=past), whole)
+
+
+@pytest.mark.parametrize(("T", "C"), [(1, 5), (40, 16), (70, 48)])
+def test_norms_in_lanes(T: int, C: int) -> None:
+    x, weight, bias = randn(3, 2, T, C), randn(3, C), randn(3, C)
+
+    def apart(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda *lanes: torch.stack([op(*lane) for lane in zip(*lanes, strict=True)])
+
+    def with_residual(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return layer_norm(x, weight, bias, residual=True)
+
+    check(
+        torch.vmap(layer_norm), apart(lambda x, *own: F.layer_norm(x, (C,), *own)), x, weight, bias
+    )
+    check(torch.vmap(with_residual), apart(with_residual), x, weight, bias)
+    check(torch.vmap(rms_norm), apart(lambda x, w: F.rms_norm(x, (C,), w, 1e-5)), x, weight)
+    heads = x.unflatten(-1, (1, C)).expand(3, 2, T, 4, C)
+    check(torch.vmap(rms_norm), apart(lambda x, w: F.rms_norm(x, (C,), w, 1e-5)), heads, weight)
+
+
+def test_convolutions_in_lanes() -> None:
+    x, weight, bias, gate = randn(3, 2, 20, 6), randn(3, 6, 4), randn(3, 6), randn(3, 2, 20, 6)
+
+    def apart(*lanes: Tensor) -> Tensor:
+        return torch.stack([gated(*lane) for lane in zip(*lanes, strict=True)])
+
+    check(torch.vmap(activated_convolution), apart, x, weight, bias, gate)
+
+
+def test_sixteen_bits_and_slices() -> None:
+    x, weight = randn(2, 20, 12).bfloat16().to(DEVICE), randn(6, 4).bfloat16().to(DEVICE)
+    y = activated_convolution(x[..., 6:], weight)
+    assert y.dtype == torch.bfloat16
+    want = plain(x[..., 6:].cpu().double(), weight.cpu().double())
+    assert (y.cpu() - want).norm() < 4e-3 * want.norm()

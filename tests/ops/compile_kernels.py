@@ -121,8 +121,8 @@ def rows() -> None:
     for dtype in (F32, BF16):
         x, weight, taps = (empty(*s, dtype=dtype) for s in ((4, 256, 128), (4, 128), (4, 128, 4)))
         for bias, gate in ((weight, x), (None, None)):
-            convolution._forward._init_fn(x, taps, bias, gate)
-            convolution._backward._init_fn(x, taps, bias, gate, x)
+            convolution._forward._init_fn(x, taps, bias, gate, gate is None)
+            convolution._backward._init_fn(x, taps, bias, gate, x, gate is None)
             norm._forward._init_fn(x, weight, bias, 1e-5, bias is not None)
             norm._backward._init_fn(x, weight, x, bias is not None, 1e-5, bias is not None)
 
@@ -133,7 +133,7 @@ def recurrence(K: int, dtype: torch.dtype, decays: int, low_rank: bool, precisio
     k, v, g = (empty(2, 256, 2, size, dtype=dtype) for size in (K, 64, decays))
     pair = (k, k) if low_rank else (None, None)
     given, state = (k, k, v, *pair, g.float()), empty(2, 2, K, 64, dtype=F32)
-    out, last, marks = operator._forward._init_fn(*given, state, precision)
+    out, last, marks = operator._forward._init_fn(*given, state, precision, True)
     operator._backward._init_fn(*given, marks, out, last, precision)
 
 

@@ -135,6 +135,16 @@ def test_a_nan_stays_in_its_row_and_column() -> None:
     assert out[0, :, 0, :3].isfinite().all()
 
 
+@every_case
+def test_nothing_is_kept_where_nothing_is_learned(op: Callable, make: Callable) -> None:
+    inputs = [x.float().to(DEVICE) for x in make(20, 16, 16)]
+    with torch.no_grad():
+        got = op(*inputs)
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    for one, other in zip(got, op(*leaves), strict=True):
+        assert one.equal(other)
+
+
 def test_a_compiler_takes_the_launches_as_they_are() -> None:
     def gradient(q: Tensor, state: Tensor) -> Tensor:
         leaf = q.detach().requires_grad_()

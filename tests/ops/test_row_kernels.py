@@ -1,6 +1,7 @@
 """Convolutions and norms whose weights differ from row to row: the kernels, and lanes."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -56,6 +57,8 @@ def test_the_convolution_and_what_follows(T: int, C: int, W: int) -> None:
     check(activated_convolution, plain, x, weight)
     check(activated_convolution, plain, x, weight, bias)
     check(activated_convolution, gated, x, weight, bias, randn(2, T, C))
+    linear = partial(activated_convolution, silu=False)
+    check(linear, lambda x, weight, bias: short_convolution(x, weight) + bias, x, weight, bias)
 
 
 def test_a_past_takes_the_shifted_form() -> None:

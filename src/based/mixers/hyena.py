@@ -13,9 +13,10 @@ from based.errors import BasedError
 from based.mixers.base import Mixer, TensorSpec, at_least_one
 from based.mixers.paging import append, grow, paged
 from based.mixers.state import State
-from based.ops.gated_short_convolution import next_past, short_convolution
+from based.ops.gated_short_convolution import next_past
 from based.ops.long_convolution import long_convolution
 from based.ops.precision import state_dtype, without_autocast
+from based.ops.short_convolution import activated_convolution
 
 # Decay rates reach 1% after this fraction of max_length, from the slowest channel to the fastest.
 SLOWEST, FASTEST = 1.5, 0.3
@@ -97,8 +98,9 @@ class Hyena(Mixer):
 
     def _gates(self, inputs: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
         """The products that the long convolution reads, and the gate behind it."""
-        weight, bias = (w.to(inputs.dtype) for w in (self.conv_weight, self.conv_bias))
-        before, behind, value = (short_convolution(inputs, weight, past) + bias).chunk(3, dim=-1)
+        taps = self.conv_weight, self.conv_bias
+        convolved = activated_convolution(inputs, *taps, past=past, silu=False)
+        before, behind, value = convolved.chunk(3, dim=-1)
         return value * before, behind
 
     def _out(self, y: Tensor, products: Tensor, gate: Tensor) -> Tensor:

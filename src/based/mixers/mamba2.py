@@ -15,6 +15,7 @@ from based.ops.decayed_linear_attention import (
     decayed_linear_attention_step,
 )
 from based.ops.precision import state_dtype
+from based.ops.row_norm import rms_norm
 
 
 class Mamba2(Mixer):
@@ -84,4 +85,4 @@ class Mamba2(Mixer):
 
     def _output(self, y: Tensor, u: Tensor, z: Tensor) -> Tensor:
         y = (y + self.D.to(u.dtype)[:, None] * u).flatten(-2) * F.silu(z)
-        return self.out_proj(F.rms_norm(y, y.shape[-1:], self.norm_weight.to(y.dtype), 1e-5))
+        return self.out_proj(rms_norm(y, self.norm_weight.to(y.dtype)))

@@ -34,7 +34,10 @@ def linear_recurrence(
     own of float32 are, otherwise in three TF32 products that come close to float32.
     """
     given = (q, k, v, a, b, log_decay.float(), state.float().contiguous())
-    return _Recurrence.apply(*given, _precision())
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given):
+        return _Recurrence.apply(*given, _precision())
+    out, last, _ = _forward(*given, _precision(), False)
+    return out, last
 
 
 def _precision() -> str:
@@ -54,7 +57,7 @@ class _Recurrence(torch.autograd.Function):
         state: Tensor,
         precision: str,
     ) -> tuple[Tensor, Tensor]:
-        out, last, marks = _forward(q, k, v, a, b, g, state, precision)
+        out, last, marks = _forward(q, k, v, a, b, g, state, precision, True)
         ctx.save_for_backward(q, k, v, a, b, g, marks)
         ctx.precision = precision
         return out, last
@@ -83,12 +86,13 @@ def _forward(
     g: Tensor,
     state: Tensor,
     precision: str,
+    keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Outputs, final state, and the state before every chunk and after the last."""
-    out, last, marks = _forward_fake(q, k, v, a, b, g, state, precision)
+    """Outputs, final state, and to `keep` the state before every chunk and after the last."""
+    out, last, marks = _forward_fake(q, k, v, a, b, g, state, precision, keep)
     programs.forward[_grid(v, q.shape[3])](
         *(q, k, v, a, b, g, state, out, last, marks),
-        **_sizes(q, k, v, a, b, g, precision),
+        **_sizes(q, k, v, a, b, g, precision) | {"KEEP": keep},
     )
     return out, last, marks
 
@@ -103,9 +107,10 @@ def _forward_fake(
     g: Tensor,
     state: Tensor,
     precision: str,
+    keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, H, K, V = state.shape
-    marks = state.new_empty(B, H, -(-v.shape[1] // CHUNK) + 1, K, V)
+    marks = state.new_empty((B, H, -(-v.shape[1] // CHUNK) + 1, K, V) if keep else 0)
     return v.new_empty(v.shape), torch.empty_like(state), marks
 
 

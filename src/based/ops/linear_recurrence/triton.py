@@ -26,6 +26,7 @@ def forward(
     T, H, K, V,
     CHUNK: tl.constexpr, LEVELS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     A_CHANNEL: tl.constexpr, LOW_RANK: tl.constexpr, PRECISION: tl.constexpr,
+    KEEP: tl.constexpr,
 ):  # fmt: skip
     """Outputs, final state and marks of one head's BLOCK_V columns. Grid: heads of rows, blocks."""
     row = tl.program_id(0).to(tl.int64)
@@ -38,7 +39,8 @@ def forward(
     chunks = tl.cdiv(T, CHUNK)
     marks += row * (chunks + 1) * K * V
     for chunk in range(chunks):
-        tl.store(marks + chunk * K * V + cell, S, inside)
+        if KEEP:
+            tl.store(marks + chunk * K * V + cell, S, inside)
         t = chunk * CHUNK + tl.arange(0, CHUNK)
         x_q = _tile(q + batch * q_b + head * q_h, t, key, q_t, q_c, T, K)
         x_k = _tile(k + batch * k_b + head * k_h, t, key, k_t, k_c, T, K)
@@ -69,7 +71,8 @@ def forward(
         at = ((batch * T + t[:, None]) * H + head) * V + column[None, :]
         kept = (t[:, None] < T) & (column[None, :] < V)
         tl.store(out + at, o.to(out.dtype.element_ty), kept)
-    tl.store(marks + chunks * K * V + cell, S, inside)
+    if KEEP:
+        tl.store(marks + chunks * K * V + cell, S, inside)
     tl.store(last + row * K * V + cell, S, inside)
 
 

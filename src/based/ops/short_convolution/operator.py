@@ -24,8 +24,9 @@ def activated_convolution(
     bias: Float[Tensor, " C"] | None = None,
     gate: Float[Tensor, "B T C"] | None = None,
     past: Float[Tensor, "B W-1 C"] | None = None,
+    silu: bool = True,
 ) -> Float[Tensor, "B T C"]:
-    """silu(conv(x) + bias); with a gate (conv(x) + bias) * gate + x, without activation.
+    """silu(conv(x) + bias), or without `silu` that sum; with a gate (conv(x) + bias) * gate + x.
 
     `past` holds the W - 1 inputs before the first, oldest first (zeros when not
     given). Kernels compute in float32, and take calls without a past.
@@ -33,10 +34,12 @@ def activated_convolution(
     if past is None and kernels.use_kernels(x) and weight.shape[1] <= LARGEST_WIDTH:
         rows = x.shape[0]
         own = None if bias is None else bias.expand(rows, -1)
-        return _rows(x, weight.expand(rows, -1, -1), own, gate)
+        return _rows(x, weight.expand(rows, -1, -1), own, gate, silu)
     y = short_convolution(x, weight.to(x.dtype), past)
     y = y if bias is None else y + bias.to(x.dtype)
-    return F.silu(y) if gate is None else y * gate + x
+    if gate is not None:
+        return y * gate + x
+    return F.silu(y) if silu else y
 
 
 @lanes_as_rows
@@ -45,19 +48,26 @@ def _rows(
     weight: Float[Tensor, "B C W"],
     bias: Float[Tensor, "B C"] | None,
     gate: Float[Tensor, "B T C"] | None,
+    silu: bool,
 ) -> Float[Tensor, "B T C"]:
     """Every row with weights of its own: rows of different models are one batch."""
-    return _Convolution.apply(x, weight, bias, gate)
+    return _Convolution.apply(x, weight, bias, gate, silu)
 
 
 class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor | None
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        gate: Tensor | None,
+        silu: bool,
     ) -> Tensor:
         x, gate = _by_channel(x), None if gate is None else _by_channel(gate)
         ctx.save_for_backward(x, weight, bias, gate)
-        return _forward(x, weight, bias, gate)
+        ctx.silu = silu
+        return _forward(x, weight, bias, gate, silu)
 
     @staticmethod
     @once_differentiable
@@ -65,12 +75,14 @@ class _Convolution(torch.autograd.Function):
         ctx: Any, dy: Tensor
     ) -> tuple[Tensor | None, ...]:
         x, weight, bias, gate = ctx.saved_tensors
-        dx, d_weight, d_bias, d_gate = _backward(x, weight, bias, gate, dy.contiguous())
+        given = x, weight, bias, gate, dy.contiguous(), ctx.silu
+        dx, d_weight, d_bias, d_gate = _backward(*given)
         return (
             dx,
             d_weight.sum(1).to(weight.dtype),
             None if bias is None else d_bias.sum(1).to(bias.dtype),
             None if gate is None else d_gate,
+            None,
         )
 
 
@@ -80,35 +92,39 @@ def _by_channel(x: Tensor) -> Tensor:
 
 # Operators, so that `torch.compile` takes the launches as they are.
 @torch.library.custom_op("based::short_convolution", mutates_args=())
-def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor | None) -> Tensor:
+def _forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor | None, silu: bool
+) -> Tensor:
     from based.ops.short_convolution import triton
 
-    y = _forward_fake(x, weight, bias, gate)
-    triton.forward[_grid(x)](x, weight, bias, gate, y, **_sizes(x, weight, bias, gate))
+    y = _forward_fake(x, weight, bias, gate, silu)
+    triton.forward[_grid(x)](x, weight, bias, gate, y, **_sizes(x, weight, bias, gate, silu))
     return y
 
 
 @_forward.register_fake
-def _forward_fake(x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor | None) -> Tensor:
+def _forward_fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor | None, silu: bool
+) -> Tensor:
     return x.new_empty(x.shape)
 
 
 @torch.library.custom_op("based::short_convolution_backward", mutates_args=())
 def _backward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor | None, dy: Tensor
+    x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor | None, dy: Tensor, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight, bias and gate; of weight and bias a part from every stretch."""
     from based.ops.short_convolution import triton
 
-    gradients = _backward_fake(x, weight, bias, gate, dy)
-    sizes = _sizes(x, weight, bias, gate)
+    gradients = _backward_fake(x, weight, bias, gate, dy, silu)
+    sizes = _sizes(x, weight, bias, gate, silu)
     triton.backward[_grid(x)](x, weight, bias, gate, dy, *gradients, **sizes)
     return gradients
 
 
 @_backward.register_fake
 def _backward_fake(
-    x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor | None, dy: Tensor
+    x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor | None, dy: Tensor, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (B, T, C), stretches = x.shape, -(-x.shape[1] // STRETCH)
     d_weight = x.new_empty(B, stretches, C, weight.shape[2], dtype=torch.float32)
@@ -121,7 +137,9 @@ def _grid(x: Tensor) -> tuple[int, int, int]:
     return B, -(-C // BLOCK_C), -(-T // STRETCH)
 
 
-def _sizes(x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor | None) -> dict[str, Any]:
+def _sizes(
+    x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor | None, silu: bool
+) -> dict[str, Any]:
     gate_strides = (0, 0) if gate is None else gate.stride()[:2]
     weight_strides = weight.stride()
     return {
@@ -132,6 +150,7 @@ def _sizes(x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor | None) 
         "T": x.shape[1],
         "C": x.shape[2],
         "W": weight.shape[2],
+        "SILU": silu and gate is None,
         "STRETCH": STRETCH,
         "BLOCK_T": 16,
         "BLOCK_C": BLOCK_C,

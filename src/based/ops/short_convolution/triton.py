@@ -11,7 +11,8 @@ import triton.language as tl
 @triton.jit
 def forward(
     x, weight, bias, gate, y, x_b, x_t, gate_b, gate_t, weight_b, weight_c, weight_w, bias_b, T, C,
-    W: tl.constexpr, STRETCH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    W: tl.constexpr, SILU: tl.constexpr,
+    STRETCH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """A stretch of outputs. Grid: rows, blocks of channels, stretches."""
     row = tl.program_id(0).to(tl.int64)
@@ -23,11 +24,12 @@ def forward(
         t = first + tl.arange(0, BLOCK_T)
         z = _convolved(x, taps, weight_w, bias, row * bias_b, t, channel, x_t, T, C, W)
         inside = (t[:, None] < T) & (channel[None, :] < C)
-        if gate is None:
-            out = z * tl.sigmoid(z)
-        else:
+        out = z
+        if SILU:
+            out *= tl.sigmoid(z)
+        if gate is not None:
             at_gate = gate + row * gate_b + t[:, None] * gate_t + channel[None, :]
-            out = z * tl.load(at_gate, inside, 0.0).to(tl.float32)
+            out *= tl.load(at_gate, inside, 0.0).to(tl.float32)
             out += _inputs(x, t, channel, x_t, T, C)
         at = y + (row * T + t[:, None]) * C + channel[None, :]
         tl.store(at, out.to(y.dtype.element_ty), inside)
@@ -37,7 +39,8 @@ def forward(
 def backward(
     x, weight, bias, gate, dy, dx, d_weight, d_bias, d_gate,
     x_b, x_t, gate_b, gate_t, weight_b, weight_c, weight_w, bias_b, T, C,
-    W: tl.constexpr, STRETCH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    W: tl.constexpr, SILU: tl.constexpr,
+    STRETCH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """A stretch's input gradients and its part of those of weight and bias. `forward`'s grid."""
     row = tl.program_id(0).to(tl.int64)
@@ -54,7 +57,7 @@ def backward(
         t = first + tl.arange(0, BLOCK_T)
         z = _convolved(x, taps, weight_w, bias, row * bias_b, t, channel, x_t, T, C, W)
         out = _inputs(dy, t, channel, C, T, C)
-        d_z = _before(z, out, gate, gate_t, t, channel, T, C)
+        d_z = _before(z, out, gate, gate_t, t, channel, T, C, SILU)
         inside = (t[:, None] < T) & real[None, :]
         at = (row * T + t[:, None]) * C + channel[None, :]
         d_x = d_z * tl.load(taps + (W - 1) * weight_w, real, 0.0).to(tl.float32)[None, :]
@@ -69,7 +72,7 @@ def backward(
             later = t + (W - 1) - j
             z = _convolved(x, taps, weight_w, bias, row * bias_b, later, channel, x_t, T, C, W)
             out = _inputs(dy, later, channel, C, T, C)
-            d_z = _before(z, out, gate, gate_t, later, channel, T, C)
+            d_z = _before(z, out, gate, gate_t, later, channel, T, C, SILU)
             d_x += d_z * tl.load(taps + j * weight_w, real, 0.0).to(tl.float32)[None, :]
         tl.store(dx + at, d_x.to(dx.dtype.element_ty), inside)
     part = (row * tl.num_programs(2) + tl.program_id(2)) * C + channel
@@ -103,11 +106,11 @@ def _convolved(x, taps, TAP_STRIDE, bias, bias_at, t, channel, T_STRIDE, T, C, W
 
 
 @triton.jit
-def _before(z, dy, gate, gate_t, t, channel, T, C):
+def _before(z, dy, gate, gate_t, t, channel, T, C, SILU: tl.constexpr):
     """The gradient of z, from that of what becomes of it."""
-    if gate is None:
+    if SILU:
         share = tl.sigmoid(z)
-        d_z = dy * share * (1 + z * (1 - share))
-    else:
-        d_z = dy * _inputs(gate, t, channel, gate_t, T, C)
-    return d_z
+        dy *= share * (1 + z * (1 - share))
+    if gate is not None:
+        dy *= _inputs(gate, t, channel, gate_t, T, C)
+    return dy

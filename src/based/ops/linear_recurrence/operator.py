@@ -90,10 +90,10 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Outputs, final state, and to `keep` the state before every chunk and after the last."""
     out, last, marks = _forward_fake(q, k, v, a, b, g, state, precision, keep)
-    programs.forward[_grid(v, q.shape[3])](
-        *(q, k, v, a, b, g, state, out, last, marks),
-        **_sizes(q, k, v, a, b, g, precision) | {"KEEP": keep},
-    )
+    sizes = _sizes(q, k, v, a, b, g, precision)
+    sizes["KEEP"] = keep
+    given = q, k, v, a, b, g, state, out, last, marks
+    programs.forward[_grid(v, q.shape[3])](*given, **sizes)
     return out, last, marks
 
 

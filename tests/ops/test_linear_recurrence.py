@@ -114,7 +114,7 @@ def test_not_contiguous_and_nothing_to_begin_with() -> None:
 
 def test_a_long_sequence_with_strong_and_weak_decays() -> None:
     torch.manual_seed(0)
-    q, k, v, g, state = decayed(300, 16, 16, 16)
+    q, k, v, g, state = decayed(150, 16, 16, 16)
     g = g.where(torch.rand_like(g) < 0.1, -1e-3)
     exact = [x.requires_grad_() for x in (q, k, v, g, state)]
     mine = [x.detach().float().to(DEVICE).requires_grad_() for x in exact]

@@ -11,6 +11,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from based.ops import kernels
 from based.recall.architectures import ARCHITECTURES, build_model
 from based.recall.config import Point, Recipe
 from based.recall.lanes import Lanes
@@ -47,6 +48,27 @@ def test_lanes_are_the_models_alone(architecture: str) -> None:
         stacked.losses, torch.cat([lanes.losses for lanes in alone]), rtol=0, atol=1e-9
     )
     assert (stacked.flat[0] - stacked.flat[1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    ["based", "sliding_window", "gla", "gated_delta_net", "rwkv7", "mamba2", "hyena"],
+)
+def test_kernels_in_lanes_are_pytorchs(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hidden states and gradients of float32 kernels, interpreted, and of PyTorch's float64."""
+
+    def found(lanes: Lanes) -> list[Tensor]:
+        torch.manual_seed(0)
+        hidden, _ = lanes.hidden(*batch(1)[:2])
+        weight = torch.linspace(-1, 1, hidden.numel()).view_as(hidden).to(hidden)
+        return [hidden, *torch.autograd.grad((hidden * weight).sum(), lanes.flat)]
+
+    exact = Lanes(lanes_of(architecture).model.eval(), RATES[:2], weight_decay=0.1)
+    want = found(exact)
+    mine = Lanes(lanes_of(architecture).model.eval().float(), RATES[:2], weight_decay=0.1)
+    monkeypatch.setattr(kernels, "INTERPRETING", True)
+    for one, other in zip(found(mine), want, strict=True):
+        assert (one.double() - other).norm() < 1e-4 * other.norm()
 
 
 def test_an_op_without_a_form_over_lanes_runs_lane_by_lane(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -269,7 +269,7 @@ def test_run_prints_its_rows(capsys: pytest.CaptureFixture[str], monkeypatch) ->
         (["run", "lstm"], "no architecture is named 'lstm'"),
         (["run", "based", "--state-bytes", "5"], "no state near 5 bytes"),
         (["plot", "nowhere"], "nowhere has no results"),
-        (["sweep", "demo", "here", "--only", "lstm"], "no point of demo is named like lstm"),
+        (["sweep", "demo", "here", "--only", "lstm"], "no point of demo begins with lstm"),
         (["sweep", "seeds", "nowhere"], "nowhere is not a sweep's directory"),
     ],
 )

@@ -187,9 +187,9 @@ def test_published_bytes_follow_from_the_formulas() -> None:
 def test_the_grids_hold_what_they_promise() -> None:
     core, recipe = named_grid("core")
     assert recipe == Recipe()
-    assert len(core) == 34
+    assert len(core) == 35
     counts = {name: sum(p.architecture == name for p in core) for name in ARCHITECTURES}
-    assert (counts["based"], counts["sliding_window"], counts["mamba"]) == (9, 5, 3)
+    assert (counts["based"], counts["sliding_window"], counts["mamba"]) == (9, 5, 4)
     together, recipe = named_grid("combination")
     for both, taylor, window in zip(*[iter(together)] * 3, strict=True):
         sizes = [state_bytes(point, recipe) for point in (both, taylor, window)]

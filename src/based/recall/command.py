@@ -70,7 +70,7 @@ class Sweep:
     seeds: tuple[int, ...] = (124, 125)
     """Other seeds of the grid `seeds`."""
     only: tuple[str, ...] = ()
-    """Points whose name contains one of these texts."""
+    """Points whose name begins with one of these texts."""
     ray: str | None = None
     """Run on the Ray cluster at this address (auto, local, host:port)."""
     device: str = "auto"
@@ -192,9 +192,9 @@ def _sweep(options: Sweep, console: Console) -> None:
         changed = replace(recipe, products=options.products, drop_hopeless=options.drop_hopeless)
         results, rates = Results(options.out, changed), {}
     if options.only:
-        points = [point for point in points if any(text in point.key for text in options.only)]
+        points = [point for point in points if point.key.startswith(options.only)]
     if not points:
-        raise BasedError(f"no point of {options.grid} is named like {' or '.join(options.only)}")
+        raise BasedError(f"no point of {options.grid} begins with {' or '.join(options.only)}")
     _train(options, points, results, rates, console)
 
 

@@ -23,7 +23,7 @@ from based.recall.mqar import Segment
 from based.recall.steps import Stepper, stepper, train_step
 
 # Tokens evaluated together.
-TEST_TOKENS = {"cuda": 1 << 16, "cpu": 1 << 13}
+TEST_TOKENS = {"cuda": 1 << 17, "cpu": 1 << 13}
 # Seconds of a point's training left from which compiling its steps is worth the while.
 COMPILING_PAYS = 60.0
 # A running point is saved when a sweep's time is up, and at least this often, in seconds.

@@ -127,14 +127,15 @@ def rows() -> None:
             norm._backward._init_fn(x, weight, x, bias is not None, 1e-5, bias is not None)
 
 
-def recurrence(K: int, dtype: torch.dtype, decays: int, low_rank: bool, precision: str) -> None:
+def recurrence(K: int, dtype: torch.dtype, decays: int, low_rank: bool, products: str) -> None:
     from based.ops.linear_recurrence import operator
 
     k, v, g = (empty(2, 256, 2, size, dtype=dtype) for size in (K, 64, decays))
     pair = (k, k) if low_rank else (None, None)
     given, state = (k, k, v, *pair, g.float()), empty(2, 2, K, 64, dtype=F32)
-    out, last, marks = operator._forward._init_fn(*given, state, precision, True)
-    operator._backward._init_fn(*given, marks, out, last, precision)
+    torch.set_float32_matmul_precision(products)
+    out, last, marks = operator._forward._init_fn(*given, state, keep=True)
+    operator._backward._init_fn(*given, marks, out, last)
 
 
 def decode() -> None:
@@ -191,9 +192,9 @@ GROUPS: dict[str, Callable[[], object]] = {
     "decode": decode,
     "rows": rows,
     "recurrence": lambda: [
-        recurrence(32, F32, 32, False, "tf32x3"),
-        recurrence(64, F32, 64, True, "tf32"),
-        recurrence(128, BF16, 1, True, "tf32"),
+        recurrence(32, F32, 32, False, "highest"),
+        recurrence(64, F32, 64, True, "high"),
+        recurrence(128, BF16, 1, True, "high"),
     ],
     "window": lambda: [window(64, BF16), window(112, BF16), window(128, F32)],
     "taylor-16-64": lambda: taylor(16, 64, BF16),

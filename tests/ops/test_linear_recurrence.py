@@ -1,5 +1,7 @@
 """The shared kernels of decayed linear attention and the delta rules, against float64 chunks."""
 
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -156,3 +158,42 @@ def test_a_compiler_takes_the_launches_as_they_are() -> None:
     names = [str(node.target) for node in graph.graph.nodes]
     assert names.count("based.linear_recurrence.default") == 1
     assert names.count("based.linear_recurrence_backward.default") == 1
+
+
+COMPILED = """
+import os
+import torch
+device = "cuda" if torch.cuda.is_available() else "cpu"
+os.environ["TRITON_INTERPRET"] = str(int(device == "cpu"))
+from based.mixers import build_mixer
+from based.ops import kernels
+kernels.INTERPRETING = device == "cpu"
+torch.manual_seed(0)
+MIXERS = {
+    "gated_linear_attention": {"num_heads": 2},
+    "gated_delta_net": {"num_heads": 2},
+    "rwkv7": {"head_dim": 16},
+}
+x = torch.randn(1, 9, 32, device=device)
+for name, options in MIXERS.items():
+    torch._dynamo.reset()
+    mixer = build_mixer(name, 32, **options).to(device)
+    compiled = torch.compile(mixer, fullgraph=True, backend="aot_eager")
+    found = []
+    for function in (compiled, mixer):
+        mixer.zero_grad()
+        for autocast in (False, True):
+            with torch.autocast(device, torch.bfloat16, enabled=autocast):
+                y = function(x)[0]
+            y.square().sum().backward()
+        found.append((y, *(p.grad for p in mixer.parameters())))
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2 * want.abs().max().item())
+"""
+
+
+def test_mixers_on_these_kernels_compile_whole() -> None:
+    """In a process of its own: the checks of shapes in tests are not traceable."""
+    command = [sys.executable, "-c", COMPILED]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]

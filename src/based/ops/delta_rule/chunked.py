@@ -50,7 +50,9 @@ def delta_rule(
     if has_kernel(v, k.shape[3]):
         # b_t = -beta exp(log_decay) k_t: the state fades before the rule looks at it.
         b = -(beta * gate.exp())[..., None] * k
-        return _kernel(q, k, beta[..., None] * v, k, b, gate[..., None], state, v.dtype)
+        # A view, for torch.compile refuses one tensor in two places.
+        a = k.view_as(k)
+        return _kernel(q, k, beta[..., None] * v, a, b, gate[..., None], state, v.dtype)
     T, dtype, out_dtype = v.shape[1], state.dtype, v.dtype
     inputs = (q, k, v, beta[..., None], gate[..., None])
     q, k, v, beta, g = (to_chunks(x.to(dtype), chunk_of(T, CHUNK)) for x in inputs)

@@ -35,13 +35,9 @@ def linear_recurrence(
     """
     given = (q, k, v, a, b, log_decay.float(), state.float().contiguous())
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given):
-        return _Recurrence.apply(*given, _precision())
-    out, last, _ = _forward(*given, _precision(), False)
+        return _Recurrence.apply(*given)
+    out, last, _ = _forward(*given, keep=False)
     return out, last
-
-
-def _precision() -> str:
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 class _Recurrence(torch.autograd.Function):
@@ -55,11 +51,9 @@ class _Recurrence(torch.autograd.Function):
         b: Tensor | None,
         g: Tensor,
         state: Tensor,
-        precision: str,
     ) -> tuple[Tensor, Tensor]:
-        out, last, marks = _forward(q, k, v, a, b, g, state, precision, True)
+        out, last, marks = _forward(q, k, v, a, b, g, state, keep=True)
         ctx.save_for_backward(q, k, v, a, b, g, marks)
-        ctx.precision = precision
         return out, last
 
     @staticmethod
@@ -69,10 +63,10 @@ class _Recurrence(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         q, k, v, a, b, g, marks = ctx.saved_tensors
         given = d_out.contiguous(), d_last.contiguous()
-        *parts, dv, d_state = _backward(q, k, v, a, b, g, marks, *given, ctx.precision)
+        *parts, dv, d_state = _backward(q, k, v, a, b, g, marks, *given)
         dq, dk, da, db, dg = (part.sum(0) if len(part) > 1 else part[0] for part in parts)
         low_rank = (None, None) if a is None or b is None else (da.to(a.dtype), db.to(b.dtype))
-        return dq.to(q.dtype), dk.to(k.dtype), dv, *low_rank, dg, d_state, None
+        return dq.to(q.dtype), dk.to(k.dtype), dv, *low_rank, dg, d_state
 
 
 # Operators, so that `torch.compile` takes the launches as they are.
@@ -85,12 +79,11 @@ def _forward(
     b: Tensor | None,
     g: Tensor,
     state: Tensor,
-    precision: str,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Outputs, final state, and to `keep` the state before every chunk and after the last."""
-    out, last, marks = _forward_fake(q, k, v, a, b, g, state, precision, keep)
-    sizes = _sizes(q, k, v, a, b, g, precision)
+    out, last, marks = _forward_fake(q, k, v, a, b, g, state, keep)
+    sizes = _sizes(q, k, v, a, b, g)
     sizes["KEEP"] = keep
     given = q, k, v, a, b, g, state, out, last, marks
     programs.forward[_grid(v, q.shape[3])](*given, **sizes)
@@ -106,7 +99,6 @@ def _forward_fake(
     b: Tensor | None,
     g: Tensor,
     state: Tensor,
-    precision: str,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, H, K, V = state.shape
@@ -125,13 +117,12 @@ def _backward(
     marks: Tensor,
     d_out: Tensor,
     d_last: Tensor,
-    precision: str,
 ) -> Parts:
     """Gradients of q, k, a, b, g, v and state; of the first five a part from every block of v."""
-    gradients = _backward_fake(q, k, v, a, b, g, marks, d_out, d_last, precision)
+    gradients = _backward_fake(q, k, v, a, b, g, marks, d_out, d_last)
     programs.backward[_grid(v, q.shape[3])](
         *(q, k, v, a, b, g, marks, d_out, d_last, *gradients),
-        **_sizes(q, k, v, a, b, g, precision),
+        **_sizes(q, k, v, a, b, g),
     )
     return gradients
 
@@ -147,7 +138,6 @@ def _backward_fake(
     marks: Tensor,
     d_out: Tensor,
     d_last: Tensor,
-    precision: str,
 ) -> Parts:
     _, blocks = _grid(v, q.shape[3])
     dq, dk = (marks.new_empty(blocks, *x.shape) for x in (q, k))
@@ -173,10 +163,10 @@ def _sizes(
     a: Tensor | None,
     b: Tensor | None,
     g: Tensor,
-    precision: str,
 ) -> dict[str, Any]:
     (_, T, H, K), V = q.shape, v.shape[3]
     tensors = {"q": q, "k": k, "v": v, "a": a, "b": b, "g": g}
+    exact = torch.get_float32_matmul_precision() == "highest"
     strides = {
         f"{name}_{axis}": 0 if x is None else x.stride(place)
         for name, x in tensors.items()
@@ -194,6 +184,6 @@ def _sizes(
         "BLOCK_V": min(_block(K), max(16, triton.next_power_of_2(V))),
         "A_CHANNEL": g.shape[3] > 1,
         "LOW_RANK": a is not None,
-        "PRECISION": precision,
+        "PRECISION": "tf32x3" if exact else "tf32",
         "num_warps": 8 if K > 32 else 4,
     }

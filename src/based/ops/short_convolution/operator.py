@@ -129,7 +129,8 @@ def _backward_fake(
     (B, T, C), stretches = x.shape, -(-x.shape[1] // STRETCH)
     d_weight = x.new_empty(B, stretches, C, weight.shape[2], dtype=torch.float32)
     d_bias = x.new_empty(B, stretches, C, dtype=torch.float32)
-    return x.new_empty(B, T, C), d_weight, d_bias, x.new_empty((B, T, C) if gate is not None else 1)
+    d_gate = x.new_empty(1) if gate is None else gate.new_empty(B, T, C)
+    return x.new_empty(B, T, C), d_weight, d_bias, d_gate
 
 
 def _grid(x: Tensor) -> tuple[int, int, int]:

@@ -28,8 +28,7 @@ def forward(
         if SILU:
             out *= tl.sigmoid(z)
         if gate is not None:
-            at_gate = gate + row * gate_b + t[:, None] * gate_t + channel[None, :]
-            out *= tl.load(at_gate, inside, 0.0).to(tl.float32)
+            out *= _inputs(gate + row * gate_b, t, channel, gate_t, T, C)
             out += _inputs(x, t, channel, x_t, T, C)
         at = y + (row * T + t[:, None]) * C + channel[None, :]
         tl.store(at, out.to(y.dtype.element_ty), inside)
@@ -89,7 +88,8 @@ W_BLOCK = tl.constexpr(16)
 def _inputs(x, t, channel, T_STRIDE, T, C):
     """Rows t, float32; zeros outside."""
     inside = (t[:, None] >= 0) & (t[:, None] < T) & (channel[None, :] < C)
-    return tl.load(x + t[:, None] * T_STRIDE + channel[None, :], inside, 0.0).to(tl.float32)
+    at = x + t[:, None].to(tl.int64) * T_STRIDE + channel[None, :]
+    return tl.load(at, inside, 0.0).to(tl.float32)
 
 
 @triton.jit

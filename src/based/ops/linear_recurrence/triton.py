@@ -46,8 +46,8 @@ def forward(
         x_k = _tile(k + batch * k_b + head * k_h, t, key, k_t, k_c, T, K)
         x_v = _tile(v + batch * v_b + head * v_h, t, column, v_t, v_c, T, V)
         x_g = _decays(g + batch * g_b + head * g_h, t, key, g_t, g_c, T, K, A_CHANNEL)
-        G, end = tl.cumsum(x_g, 0), tl.sum(x_g, 0)[None, :]
-        from_start, to_end = tl.exp(G), tl.exp(tl.cumsum(x_g, 0, reverse=True) - x_g)
+        G, end = _running(x_g, False, A_CHANNEL), tl.sum(x_g, 0)[None, :]
+        from_start, to_end = tl.exp(G), tl.exp(_running(x_g, True, A_CHANNEL) - x_g)
         if LOW_RANK:
             x_a = _tile(a + batch * a_b + head * a_h, t, key, a_t, a_c, T, K)
             x_b = _tile(b + batch * b_b + head * b_h, t, key, b_t, b_c, T, K)
@@ -104,8 +104,8 @@ def backward(
         x_k = _tile(k + batch * k_b + head * k_h, t, key, k_t, k_c, T, K)
         x_v = _tile(v + batch * v_b + head * v_h, t, column, v_t, v_c, T, V)
         x_g = _decays(g + batch * g_b + head * g_h, t, key, g_t, g_c, T, K, A_CHANNEL)
-        G, end = tl.cumsum(x_g, 0), tl.sum(x_g, 0)[None, :]
-        from_start, to_end = tl.exp(G), tl.exp(tl.cumsum(x_g, 0, reverse=True) - x_g)
+        G, end = _running(x_g, False, A_CHANNEL), tl.sum(x_g, 0)[None, :]
+        from_start, to_end = tl.exp(G), tl.exp(_running(x_g, True, A_CHANNEL) - x_g)
         at = ((batch * T + t[:, None]) * H + head) * V + column[None, :]
         kept = (t[:, None] < T) & (column[None, :] < V)
         d_o = tl.load(d_out + at, kept, 0.0).to(tl.float32)
@@ -189,6 +189,17 @@ def _decays(g, t, channel, T_STRIDE, C_STRIDE, T, C, A_CHANNEL: tl.constexpr):
     else:
         x = tl.load(g + t.to(tl.int64) * T_STRIDE, t < T, 0.0).to(tl.float32)[:, None]
     return x
+
+
+@triton.jit
+def _running(x, REVERSE: tl.constexpr, A_CHANNEL: tl.constexpr):
+    """Sums up to each token, or from it on."""
+    if A_CHANNEL:
+        y = tl.cumsum(x, 0, reverse=REVERSE)
+    else:
+        # Triton 3.6 cannot scan a tensor of one column.
+        y = tl.cumsum(tl.reshape(x, (x.shape[0],)), 0, reverse=REVERSE)[:, None]
+    return y
 
 
 @triton.jit

@@ -192,7 +192,6 @@ GROUPS: dict[str, Callable[[], object]] = {
     "decode": decode,
     "rows": rows,
     "recurrence": lambda: [
-        recurrence(32, F32, 32, False, "highest"),
         recurrence(64, F32, 64, True, "high"),
         recurrence(128, BF16, 1, True, "high"),
     ],

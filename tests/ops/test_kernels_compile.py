@@ -23,8 +23,17 @@ GROUPS = (
 )
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("group", GROUPS)
+# These take longest: `make soak` compiles them for Ampere.
+LONGEST = ("decode", "window")
+CASES = [
+    pytest.param(group, capability, marks=[pytest.mark.soak] if long else [])
+    for group in GROUPS
+    for capability in (80, 90)
+    for long in [group in LONGEST and capability == 80]
+]
+
+
+@pytest.mark.parametrize(("group", "capability"), CASES)
 def test_kernels_compile(group: str, capability: int, tmp_path: Path) -> None:
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
     environment.pop("TRITON_INTERPRET", None)

@@ -13,7 +13,7 @@ whole grid is the sum over its rows.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -68,7 +68,7 @@ def main(options: Options) -> None:
         sweep = sweep_of(name, rows.RESULTS / "recall", options)
         console.rule(f"{name} ({left:.0f} minutes left)")
         began, before = time.monotonic(), len(read_rows(sweep.out / "results.jsonl"))
-        run(Sweep(**{**vars(sweep), "minutes": left}))
+        run(replace(sweep, minutes=left))
         found = len(read_rows(sweep.out / "results.jsonl"))
         if found > before:
             run(Plot(sweep.out))

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from based.mixers.base import Mixer, TensorSpec, at_least_one
 from based.mixers.state import State
-from based.ops.gated_short_convolution import next_past, short_convolution
+from based.ops.gated_short_convolution import next_past
 from based.ops.short_convolution import activated_convolution
 
 
@@ -48,12 +48,8 @@ class BaseConvolution(Mixer):
         self, x: Tensor, cu_seqlens: Tensor | None, state: State | None
     ) -> tuple[Tensor, State | None]:
         past = None if state is None else state["inputs"]
-        gate, taps = self.proj(x), (self.conv_weight, self.conv_bias)
-        if cu_seqlens is None:
-            y = activated_convolution(x, *taps, gate, past)
-        else:
-            convolved = short_convolution(x, self.conv_weight, past, cu_seqlens)
-            y = (convolved + self.conv_bias) * gate + x
+        taps = self.conv_weight, self.conv_bias
+        y = activated_convolution(x, *taps, self.proj(x), past, cu_seqlens)
         return y, None if past is None else State(inputs=next_past(x, past, cu_seqlens))
 
     def step(self, x: Float[Tensor, "B C"], state: State) -> Float[Tensor, "B C"]:

@@ -232,7 +232,8 @@ def _train(
         ended = sweep(
             *(points, results, submit),
             deadline=deadline,
-            threads=max(1, cores() // jobs),
+            # On a CPU always one, so that results do not depend on how many run.
+            threads=1 if devices == ["cpu"] else max(1, cores() // jobs),
             fuse=options.fuse,
             rates=rates,
         )

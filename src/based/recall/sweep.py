@@ -33,7 +33,6 @@ Submit = Callable[[Job], "Future[list[Row] | None]"]
 def work(job: Job, device: str) -> list[Row] | None:
     """Trains a point; its rows, or None if it was put aside before the deadline."""
     import torch
-    import torch._inductor.config
 
     from based.recall.train import PointTrainer, describe
 
@@ -41,6 +40,9 @@ def work(job: Job, device: str) -> list[Row] | None:
         return None
     if job.threads is not None:
         torch.set_num_threads(job.threads)
+    if job.threads is not None and job.fuse:
+        import torch._inductor.config
+
         # More than its share, for not all compile at once.
         torch._inductor.config.compile_threads = max(2, job.threads)
     where = torch.device(device)

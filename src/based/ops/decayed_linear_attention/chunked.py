@@ -10,7 +10,7 @@ from torch import Tensor
 
 from based.ops.chunks import chunk_of, from_chunks, to_chunks
 from based.ops.decay import decayed_scores, segment_sums, sums_to_end
-from based.ops.linear_recurrence import has_kernel
+from based.ops.linear_recurrence import has_kernel, linear_recurrence
 from based.ops.peers import peer_kernel
 from based.ops.precision import state_dtype, without_autocast
 
@@ -42,8 +42,6 @@ def decayed_linear_attention(
     if (found := _peer(q, k, v, log_decay, state, bonus)) is not None:
         return found
     if bonus is None and has_kernel(v, k.shape[3], log_decay.shape[3]):
-        from based.ops.linear_recurrence.operator import linear_recurrence
-
         q, k = (x.expand(-1, -1, v.shape[2], -1) for x in (q, k))
         return linear_recurrence(q, k, v, None, None, log_decay, state)
     chunk, out_dtype = chunk_of(T, CHUNK), v.dtype

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from based.ops.chunks import chunk_of, from_chunks, to_chunks
 from based.ops.decay import decayed_scores, segment_sums, sums_to_end
-from based.ops.linear_recurrence import has_kernel
+from based.ops.linear_recurrence import has_kernel, linear_recurrence
 from based.ops.peers import peer_kernel
 from based.ops.precision import state_dtype, without_autocast
 
@@ -52,7 +52,9 @@ def delta_rule(
         b = -(beta * gate.exp())[..., None] * k
         # A view, for torch.compile refuses one tensor in two places.
         a = k.view_as(k)
-        return _kernel(q, k, beta[..., None] * v, a, b, gate[..., None], state, v.dtype)
+        moved = beta[..., None] * v
+        out, state = linear_recurrence(q, k, moved, a, b, gate[..., None], state)
+        return out.to(v.dtype), state
     T, dtype, out_dtype = v.shape[1], state.dtype, v.dtype
     inputs = (q, k, v, beta[..., None], gate[..., None])
     q, k, v, beta, g = (to_chunks(x.to(dtype), chunk_of(T, CHUNK)) for x in inputs)
@@ -87,7 +89,7 @@ def generalized_delta_rule(
         q, k, a, b = (x.to(v.dtype) for x in (q, k, a, b))
         return kernel(q=q, k=k, v=v, a=a, b=b, gk=log_decay.float())
     if has_kernel(v, k.shape[3], k.shape[3]):
-        return _kernel(q, k, v, a, b, log_decay, state, v.dtype)
+        return linear_recurrence(q, k, v, a, b, log_decay, state)
     T, dtype, out_dtype = v.shape[1], state.dtype, v.dtype
     inputs = (q, k, v, a, b, log_decay)
     q, k, v, a, b, g = (to_chunks(x.to(dtype), chunk_of(T, CHUNK)) for x in inputs)
@@ -100,22 +102,6 @@ def generalized_delta_rule(
     held, before, state = _carry(u, w, b * to_end, g, state, (k * to_end).mT @ v)
     out = read_given @ v + read_held @ held + (q * to_token[0].exp()) @ before
     return from_chunks(out, T).to(out_dtype), state
-
-
-def _kernel(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    a: Tensor,
-    b: Tensor,
-    log_decay: Tensor,
-    state: Tensor,
-    dtype: torch.dtype,
-) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B H K V"]]:
-    from based.ops.linear_recurrence.operator import linear_recurrence
-
-    out, state = linear_recurrence(q, k, v, a, b, log_decay, state)
-    return out.to(dtype), state
 
 
 def _start(k: Tensor, v: Tensor, state: Tensor | None) -> Float[Tensor, "B H K V"]:

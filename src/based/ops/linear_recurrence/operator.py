@@ -3,18 +3,25 @@
 from typing import Any
 
 import torch
-import triton
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from based.ops import kernels
 from based.ops.lanes import lanes_as_rows
-from based.ops.linear_recurrence import triton as programs
 
 # Tokens of a chunk: what the kernels multiply at once, the least that a tensor core takes.
 CHUNK = 16
+# The largest keys that a program has room for: with a decay a head, and one a channel.
+MOST_KEYS, MOST_DECAYING_KEYS = 128, 64
 
 Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def has_kernel(v: Tensor, key_dim: int, decays: int = 1) -> bool:
+    """Whether the kernels take a recurrence with so many decays a head: on a GPU, small keys."""
+    most = MOST_KEYS if decays == 1 else MOST_DECAYING_KEYS
+    return kernels.use_kernels(v) and key_dim <= most
 
 
 @lanes_as_rows
@@ -82,11 +89,13 @@ def _forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Outputs, final state, and to `keep` the state before every chunk and after the last."""
+    from based.ops.linear_recurrence import triton
+
     out, last, marks = _forward_fake(q, k, v, a, b, g, state, keep)
     sizes = _sizes(q, k, v, a, b, g)
     sizes["KEEP"] = keep
     given = q, k, v, a, b, g, state, out, last, marks
-    programs.forward[_grid(v, q.shape[3])](*given, **sizes)
+    triton.forward[_grid(v, q.shape[3])](*given, **sizes)
     return out, last, marks
 
 
@@ -119,8 +128,10 @@ def _backward(
     d_last: Tensor,
 ) -> Parts:
     """Gradients of q, k, a, b, g, v and state; of the first five a part from every block of v."""
+    from based.ops.linear_recurrence import triton
+
     gradients = _backward_fake(q, k, v, a, b, g, marks, d_out, d_last)
-    programs.backward[_grid(v, q.shape[3])](
+    triton.backward[_grid(v, q.shape[3])](
         *(q, k, v, a, b, g, marks, d_out, d_last, *gradients),
         **_sizes(q, k, v, a, b, g),
     )
@@ -144,6 +155,11 @@ def _backward_fake(
     da, db = (torch.empty_like(dq) if x is not None else dq.new_empty(1) for x in (a, b))
     dg = marks.new_empty(blocks, *g.shape)
     return dq, dk, da, db, dg, v.new_empty(v.shape), torch.empty_like(d_last)
+
+
+def _power_of_2(size: int) -> int:
+    """At least `size`, and what a tensor core takes."""
+    return max(16, 1 << (size - 1).bit_length())
 
 
 def _block(K: int) -> int:
@@ -180,8 +196,8 @@ def _sizes(
         "V": V,
         "CHUNK": CHUNK,
         "LEVELS": CHUNK.bit_length() - 1,
-        "BLOCK_K": max(16, triton.next_power_of_2(K)),
-        "BLOCK_V": min(_block(K), max(16, triton.next_power_of_2(V))),
+        "BLOCK_K": _power_of_2(K),
+        "BLOCK_V": min(_block(K), _power_of_2(V)),
         "A_CHANNEL": g.shape[3] > 1,
         "LOW_RANK": a is not None,
         "PRECISION": "tf32x3" if exact else "tf32",

@@ -48,21 +48,17 @@ def forward(
         x_g = _decays(g + batch * g_b + head * g_h, t, key, g_t, g_c, T, K, A_CHANNEL)
         G, end = _running(x_g, False, A_CHANNEL), tl.sum(x_g, 0)[None, :]
         from_start, to_end = tl.exp(G), tl.exp(_running(x_g, True, A_CHANNEL) - x_g)
+        P_qk = _scores(x_q, x_k, x_g, G, CHUNK, LEVELS, True, A_CHANNEL, PRECISION)
+        o = dot(P_qk, x_v, PRECISION)
         if LOW_RANK:
             x_a = _tile(a + batch * a_b + head * a_h, t, key, a_t, a_c, T, K)
             x_b = _tile(b + batch * b_b + head * b_h, t, key, b_t, b_c, T, K)
-            P_qk, P_qb = _two_scores(
-                x_q, x_k, x_b, x_g, G, CHUNK, LEVELS, True, A_CHANNEL, PRECISION
-            )
-            P_ak, P_ab = _two_scores(
-                x_a, x_k, x_b, x_g, G, CHUNK, LEVELS, False, A_CHANNEL, PRECISION
-            )
+            P_qb = _scores(x_q, x_b, x_g, G, CHUNK, LEVELS, True, A_CHANNEL, PRECISION)
+            P_ak = _scores(x_a, x_k, x_g, G, CHUNK, LEVELS, False, A_CHANNEL, PRECISION)
+            P_ab = _scores(x_a, x_b, x_g, G, CHUNK, LEVELS, False, A_CHANNEL, PRECISION)
             u = dot_add(P_ak, x_v, dot(x_a * tl.exp(G - x_g), S, PRECISION), PRECISION)
             u = dot(_inverse(P_ab, CHUNK, LEVELS), u, "tf32x3")
-            o = dot_add(P_qb, u, dot(P_qk, x_v, PRECISION), PRECISION)
-        else:
-            P_qk = _scores(x_q, x_k, x_g, G, CHUNK, LEVELS, True, A_CHANNEL, PRECISION)
-            o = dot(P_qk, x_v, PRECISION)
+            o = dot_add(P_qb, u, o, PRECISION)
         o = dot_add(x_q * from_start, S, o, PRECISION)
         S = _column(tl.exp(end), A_CHANNEL) * S
         S = dot_add(tl.trans(x_k * to_end), x_v, S, PRECISION)
@@ -121,9 +117,8 @@ def backward(
             x_a = _tile(a + batch * a_b + head * a_h, t, key, a_t, a_c, T, K)
             x_b = _tile(b + batch * b_b + head * b_h, t, key, b_t, b_c, T, K)
             P_qb = _scores(x_q, x_b, x_g, G, CHUNK, LEVELS, True, A_CHANNEL, PRECISION)
-            P_ak, P_ab = _two_scores(
-                x_a, x_k, x_b, x_g, G, CHUNK, LEVELS, False, A_CHANNEL, PRECISION
-            )
+            P_ak = _scores(x_a, x_k, x_g, G, CHUNK, LEVELS, False, A_CHANNEL, PRECISION)
+            P_ab = _scores(x_a, x_b, x_g, G, CHUNK, LEVELS, False, A_CHANNEL, PRECISION)
             inverse, to_start = _inverse(P_ab, CHUNK, LEVELS), tl.exp(G - x_g)
             u = dot_add(P_ak, x_v, dot(x_a * to_start, S, PRECISION), PRECISION)
             u = dot(inverse, u, "tf32x3")
@@ -226,17 +221,6 @@ def _scores(
         both = dot(x * from_border, tl.trans(y * to_border), PRECISION)
         P = tl.where(_pairs(late, early, 1 << level), both, P)
     return P
-
-
-@triton.jit
-def _two_scores(
-    x, y, z, g, G, CHUNK: tl.constexpr, LEVELS: tl.constexpr, SELF: tl.constexpr,
-    A_CHANNEL: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """`_scores` of x with y and with z."""
-    first = _scores(x, y, g, G, CHUNK, LEVELS, SELF, A_CHANNEL, PRECISION)
-    second = _scores(x, z, g, G, CHUNK, LEVELS, SELF, A_CHANNEL, PRECISION)
-    return first, second
 
 
 @triton.jit

@@ -59,7 +59,8 @@ def _rows(
     residual: bool,
 ) -> Float[Tensor, "B T C"]:
     """LayerNorm, or RMSNorm where there is no bias; every row with weights of its own."""
-    return _Norm.apply(x.contiguous(), weight.contiguous(), bias, eps, residual)
+    own = None if bias is None else bias.contiguous()
+    return _Norm.apply(x.contiguous(), weight.contiguous(), own, eps, residual)
 
 
 class _Norm(torch.autograd.Function):
@@ -69,8 +70,7 @@ class _Norm(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.options = bias is not None, eps, residual
-        own = None if bias is None else bias.contiguous()
-        return _forward(x, weight, own, eps, residual)
+        return _forward(x, weight, bias, eps, residual)
 
     @staticmethod
     @once_differentiable

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
@@ -23,19 +23,21 @@ def activated_convolution(
     weight: Float[Tensor, "C W"],
     bias: Float[Tensor, " C"] | None = None,
     gate: Float[Tensor, "B T C"] | None = None,
-    past: Float[Tensor, "B W-1 C"] | None = None,
+    past: Float[Tensor, "N W-1 C"] | None = None,
+    cu_seqlens: Int[Tensor, " E"] | None = None,
     silu: bool = True,
 ) -> Float[Tensor, "B T C"]:
     """silu(conv(x) + bias), or without `silu` that sum; with a gate (conv(x) + bias) * gate + x.
 
-    `past` holds the W - 1 inputs before the first, oldest first (zeros when not
-    given). Kernels compute in float32, and take calls without a past.
+    `past` and `cu_seqlens` are `short_convolution`'s. Kernels compute in float32, and
+    take calls without either.
     """
-    if past is None and kernels.use_kernels(x) and weight.shape[1] <= LARGEST_WIDTH:
+    whole = past is None and cu_seqlens is None
+    if whole and kernels.use_kernels(x) and weight.shape[1] <= LARGEST_WIDTH:
         rows = x.shape[0]
         own = None if bias is None else bias.expand(rows, -1)
         return _rows(x, weight.expand(rows, -1, -1), own, gate, silu)
-    y = short_convolution(x, weight.to(x.dtype), past)
+    y = short_convolution(x, weight.to(x.dtype), past, cu_seqlens)
     y = y if bias is None else y + bias.to(x.dtype)
     if gate is not None:
         return y * gate + x

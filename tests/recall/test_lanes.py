@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from based.ops import kernels
+from based.ops.stacked_linear import stacked_linear
 from based.recall.architectures import ARCHITECTURES, build_model
 from based.recall.config import Point, Recipe
 from based.recall.lanes import Lanes
@@ -69,6 +70,19 @@ def test_kernels_in_lanes_are_pytorchs(architecture: str, monkeypatch: pytest.Mo
     monkeypatch.setattr(kernels, "INTERPRETING", True)
     for one, other in zip(found(mine), want, strict=True):
         assert (one.double() - other).norm() < 1e-4 * other.norm()
+
+
+def test_linear_layers_of_all_lanes_are_one_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    widths = []
+
+    def counting(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        widths.append(weight.shape)
+        return stacked_linear(x, weight, bias)
+
+    stacked = lanes_of("attention")
+    monkeypatch.setattr("based.recall.lanes.stacked_linear", counting)
+    stacked.hidden(*batch()[:2])
+    assert widths == [(3, 64, 64), (3, 192, 64), (3, 64, 64)]
 
 
 def test_an_op_without_a_form_over_lanes_runs_lane_by_lane(monkeypatch: pytest.MonkeyPatch) -> None:

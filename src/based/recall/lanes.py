@@ -8,14 +8,18 @@ seed do, so that each computes what it would alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.func import functional_call, vmap
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
+from based.ops.stacked_linear import stacked_linear
 from based.recall.model import RecallModel
 
 BETAS, EPS = (0.9, 0.999), 1e-8
@@ -90,7 +94,8 @@ class Lanes:
         bf16 = self.products == torch.bfloat16
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=bf16):
             if self.stacked:
-                hidden = vmap(body, randomness="same")(own, x)
+                with _LinearsOfLanes():
+                    hidden = vmap(body, randomness="same")(own, x)
             else:
                 apart = {name: tensor.unbind() for name, tensor in own.items()}
                 hidden = torch.stack(
@@ -139,3 +144,54 @@ class Lanes:
         except (RuntimeError, TypeError, ValueError):
             return False
         return True
+
+
+class _LinearsOfLanes(TorchFunctionMode):
+    """Linear layers under vmap by `stacked_linear`."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func is not F.linear:
+            return func(*args, **(kwargs or {}))
+        return _Linear.apply(*_linear(*args, **(kwargs or {})))
+
+
+def _linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`F.linear`'s arguments in order."""
+    return x, weight, bias
+
+
+class _Linear(torch.autograd.Function):
+    """Exists for its vmap rule, below which `stacked_linear` has the gradients."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Nothing to keep."""
+
+    @staticmethod
+    def vmap(  # pyright: ignore[reportIncompatibleMethodOverride]
+        info: Any, in_dims: tuple[Any, ...], *args: Tensor | None
+    ) -> tuple[Tensor, int]:
+        lanes = info.batch_size
+        x, weight, bias = (
+            given if given is None else _lanes_first(given, dim, lanes)
+            for given, dim in zip(args, in_dims, strict=True)
+        )
+        assert x is not None and weight is not None
+        y = stacked_linear(x.reshape(lanes, -1, x.shape[-1]), weight, bias)
+        return y.unflatten(1, x.shape[1:-1]), 0
+
+
+def _lanes_first(x: Tensor, dim: int | None, lanes: int) -> Tensor:
+    return x.expand(lanes, *x.shape) if dim is None else x.movedim(dim, 0)

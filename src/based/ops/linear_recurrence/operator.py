@@ -95,7 +95,7 @@ def _forward(
     sizes = _sizes(q, k, v, a, b, g)
     sizes["KEEP"] = keep
     given = q, k, v, a, b, g, state, out, last, marks
-    triton.forward[_grid(v, q.shape[3])](*given, **sizes)
+    triton.forward[_grid(v, q.shape[3])](*given, **sizes, num_stages=3)
     return out, last, marks
 
 
@@ -134,6 +134,8 @@ def _backward(
     triton.backward[_grid(v, q.shape[3])](
         *(q, k, v, a, b, g, marks, d_out, d_last, *gradients),
         **_sizes(q, k, v, a, b, g),
+        # Decays of every channel leave no registers for loads ahead.
+        num_stages=1 if g.shape[3] > 1 else 3,
     )
     return gradients
 
@@ -201,5 +203,6 @@ def _sizes(
         "A_CHANNEL": g.shape[3] > 1,
         "LOW_RANK": a is not None,
         "PRECISION": "tf32x3" if exact else "tf32",
-        "num_warps": 8 if K > 32 else 4,
+        # Tiles of 16 tokens are soon too small for more warps.
+        "num_warps": 2 if K <= 32 else 4 if K <= 64 else 8,
     }

@@ -26,6 +26,16 @@ def are_wanted(x: Tensor) -> bool:
     return (x.is_cuda or INTERPRETING) and x.numel() > 0 and x.element_size() <= 4
 
 
+def products_of(dtype: torch.dtype) -> str:
+    """`input_precision` of kernels for inputs of that dtype.
+
+    float32 is multiplied in TF32 where torch's own products of it are, otherwise in
+    three TF32 products that come close to float32.
+    """
+    exact = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    return "tf32x3" if exact else "tf32"
+
+
 @cache
 def shared_memory(device: torch.device) -> int:
     """Bytes that a block may have on a GPU; on Hopper and later every kernel has enough."""

@@ -188,7 +188,8 @@ class _Linear(torch.autograd.Function):
             given if given is None else _lanes_first(given, dim, lanes)
             for given, dim in zip(args, in_dims, strict=True)
         )
-        assert x is not None and weight is not None
+        assert x is not None
+        assert weight is not None
         y = stacked_linear(x.reshape(lanes, -1, x.shape[-1]), weight, bias)
         return y.unflatten(1, x.shape[1:-1]), 0
 

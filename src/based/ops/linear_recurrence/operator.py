@@ -95,7 +95,7 @@ def _forward(
     sizes = _sizes(q, k, v, a, b, g)
     sizes["KEEP"] = keep
     given = q, k, v, a, b, g, state, out, last, marks
-    triton.forward[_grid(v, q.shape[3])](*given, **sizes, num_stages=3)
+    triton.forward[_grid(v, q.shape[3])](*given, **sizes)
     return out, last, marks
 
 
@@ -131,11 +131,11 @@ def _backward(
     from based.ops.linear_recurrence import triton
 
     gradients = _backward_fake(q, k, v, a, b, g, marks, d_out, d_last)
+    # Decays of every channel leave no registers for loads ahead.
+    stages = {"num_stages": 1} if g.shape[3] > 1 else {}
     triton.backward[_grid(v, q.shape[3])](
         *(q, k, v, a, b, g, marks, d_out, d_last, *gradients),
-        **_sizes(q, k, v, a, b, g),
-        # Decays of every channel leave no registers for loads ahead.
-        num_stages=1 if g.shape[3] > 1 else 3,
+        **{**_sizes(q, k, v, a, b, g), **stages},
     )
     return gradients
 
@@ -184,7 +184,6 @@ def _sizes(
 ) -> dict[str, Any]:
     (_, T, H, K), V = q.shape, v.shape[3]
     tensors = {"q": q, "k": k, "v": v, "a": a, "b": b, "g": g}
-    exact = torch.get_float32_matmul_precision() == "highest"
     strides = {
         f"{name}_{axis}": 0 if x is None else x.stride(place)
         for name, x in tensors.items()
@@ -202,7 +201,7 @@ def _sizes(
         "BLOCK_V": min(_block(K), _power_of_2(V)),
         "A_CHANNEL": g.shape[3] > 1,
         "LOW_RANK": a is not None,
-        "PRECISION": "tf32x3" if exact else "tf32",
+        "PRECISION": kernels.products_of(torch.float32),
         # Tiles of 16 tokens are soon too small for more warps.
         "num_warps": 2 if K <= 32 else 4 if K <= 64 else 8,
     }

@@ -48,7 +48,7 @@ class _StackedLinear(torch.autograd.Function):
         ctx: Any, dy: Tensor
     ) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        parts = _parts(*x.shape, weight.shape[1])
+        parts = _parts(len(x), x.shape[1], x.shape[2], weight.shape[1])
         split_x, split_dy = (z.unflatten(1, (parts, -1)).flatten(0, 1) for z in (x, dy))
         d_weight = torch.bmm(split_dy.mT, split_x).unflatten(0, (-1, parts)).sum(1)
         d_bias = dy.sum(1) if ctx.has_bias else None

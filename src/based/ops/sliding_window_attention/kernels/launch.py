@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from based.ops.kernels import products_of
 from based.ops.packed import sequence_ids
 from based.ops.sliding_window_attention.kernels.gradients import (
     window_key_gradients,
@@ -59,7 +60,7 @@ class Call(NamedTuple):
             "D": D,
             "BD": max(16, triton.next_power_of_2(D)),
             "SCALE": D**-0.5,
-            "PRECISION": "tf32x3" if wide else "tf32",
+            "PRECISION": products_of(q.dtype),
         }
         edges = unused if cu is None else edges_of(cu, T)
         past = unused if past is None else past.contiguous()

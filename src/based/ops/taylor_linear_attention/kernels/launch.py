@@ -8,6 +8,7 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from based.ops.kernels import products_of
 from based.ops.taylor_linear_attention.features import num_features
 from based.ops.taylor_linear_attention.kernels.gradients import key_gradients, query_gradients
 from based.ops.taylor_linear_attention.kernels.outputs import attend
@@ -96,7 +97,7 @@ class Shape(NamedTuple):
             "V": self.V,
             "F": num_features(K),
             "SCALE": K**-0.5,
-            "PRECISION": "tf32x3" if self.dtype == torch.float32 else "tf32",
+            "PRECISION": products_of(self.dtype),
         }
 
     @property

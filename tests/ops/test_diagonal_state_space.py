@@ -26,6 +26,14 @@ def test_chunked_is_the_recurrence(length: int) -> None:
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
 
+def test_without_a_final_state() -> None:
+    x, decay, output, state = make(130)
+    want, _ = diagonal_state_space_reference(x, decay, output, state)
+    got, nothing = diagonal_state_space(x, decay, output, state, final_state=False)
+    torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
+    assert nothing is None
+
+
 def test_gradients_are_the_recurrences() -> None:
     arguments = [x.requires_grad_() for x in make(70)]
     want = diagonal_state_space_reference(*arguments)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
-from based.ops import kernels
+from based.ops import kernels, peers
 from based.ops.decayed_linear_attention import decayed_linear_attention
 from based.ops.delta_rule import delta_rule, generalized_delta_rule
 
@@ -23,6 +23,8 @@ B, H = 2, 2
 @pytest.fixture(autouse=True)
 def _with_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "INTERPRETING", DEVICE == "cpu")
+    # A peer's kernels would take 16 bits first, and choose among theirs for minutes.
+    monkeypatch.setattr(peers, "installed", lambda *_: None)
 
 
 def randn(*shape: int) -> Tensor:
@@ -165,7 +167,7 @@ import torch
 device = "cuda" if torch.cuda.is_available() else "cpu"
 os.environ["TRITON_INTERPRET"] = str(int(device == "cpu"))
 from based.mixers import build_mixer
-from based.ops import kernels
+from based.ops import kernels, peers
 kernels.INTERPRETING = device == "cpu"
 torch.manual_seed(0)
 MIXERS = {

@@ -1,10 +1,14 @@
 """The long convolution by Fourier transform against the sum."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import Tensor
 
 from based.ops.long_convolution import long_convolution
 from based.ops.long_convolution.reference import long_convolution_reference
+from based.ops.long_convolution.toeplitz import convolve_by_products
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 64, 65, 200])
@@ -16,10 +20,26 @@ def test_it_is_the_sum(length: int, taps: int) -> None:
     torch.testing.assert_close(long_convolution(x, h), want, rtol=1e-12, atol=1e-12)
 
 
-def test_gradients() -> None:
+@pytest.mark.parametrize(("length", "taps"), [(1, 1), (7, 3), (65, 65)])
+def test_products_are_the_sum(length: int, taps: int) -> None:
+    x = torch.randn(2, length, 3, dtype=torch.float64)
+    h = torch.randn(taps, 3, dtype=torch.float64)
+    want = long_convolution_reference(x, h)
+    torch.testing.assert_close(convolve_by_products(x, h), want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("convolve", [long_convolution, convolve_by_products])
+def test_gradients(convolve: Callable[[Tensor, Tensor], Tensor]) -> None:
     x = torch.randn(2, 9, 2, dtype=torch.float64, requires_grad=True)
     h = torch.randn(5, 2, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(long_convolution, (x, h))
+    assert torch.autograd.gradcheck(convolve, (x, h))
+
+
+def test_products_in_lanes() -> None:
+    x, h = torch.randn(3, 2, 9, 4, dtype=torch.float64), torch.randn(3, 5, 4, dtype=torch.float64)
+    got = torch.vmap(convolve_by_products)(x, h)
+    want = torch.stack([long_convolution_reference(*lane) for lane in zip(x, h, strict=True)])
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
 def test_nothing_wraps_round() -> None:

@@ -64,9 +64,10 @@ class H3(Mixer):
         shifted = long_convolution(window, taps)[:, past.shape[1] :]
         memory = None if state is None else state["memory"].flatten(2, 3)
         products = self._outer(shifted, v)
-        y, memory = diagonal_state_space(products, *self._system(taps.dtype), memory)
+        system = self._system(taps.dtype)
+        y, memory = diagonal_state_space(products, *system, memory, state is not None)
         out = self._read(q, y, products)
-        if state is None:
+        if memory is None:
             return out, None
         memory = memory.unflatten(2, (self.head_dim, self.head_dim))
         return out, State(keys=next_past(k, past), memory=memory)

@@ -10,9 +10,11 @@ import torch
 from jaxtyping import Complex, Float
 from torch import Tensor
 
+from based.ops.long_convolution.toeplitz import toeplitz
 from based.ops.precision import without_autocast
 
-CHUNK = 64
+# A GPU has the products of long chunks for nothing, and their states cost it passes.
+CHUNK, GPU_CHUNK = 64, 256
 
 
 class _Tables(NamedTuple):
@@ -27,8 +29,7 @@ def _tables(decay: Complex[Tensor, "H S"], output: Complex[Tensor, "H S"], L: in
     exponent = torch.arange(L + 1, device=decay.device)
     powers = (exponent[:, None, None] * decay.log()).exp()
     read = 2 * output * powers
-    lag = exponent[:L, None] - exponent[:L]
-    response = read.sum(-1).real.T[:, lag.clamp(min=0)].tril()
+    response = toeplitz(read[:L].sum(-1).real.T)
     # Re(a b) is the dot product of conj(a) and b as vectors of two real numbers.
     return _Tables(
         response,
@@ -43,22 +44,41 @@ def diagonal_state_space(
     decay: Complex[Tensor, "H S"],
     output: Complex[Tensor, "H S"],
     state: Float[Tensor, "B H E S 2"] | None = None,
-) -> tuple[Float[Tensor, "B T H E"], Float[Tensor, "B H E S 2"]]:
-    """Outputs and the final state, as `reference.py` defines them; zeros are the default state."""
+    final_state: bool = True,
+) -> tuple[Float[Tensor, "B T H E"], Float[Tensor, "B H E S 2"] | None]:
+    """Outputs and the final state, as `reference.py` defines them.
+
+    Zeros are the default state. Without `final_state` None stands for it, and what it
+    alone takes is not computed.
+    """
     B, T, H, E = x.shape
-    if state is None:
-        state = x.new_zeros(B, H, E, decay.shape[1], 2)
     if T == 0:
-        return x, state
-    tables, outs = _tables(decay, output, min(CHUNK, T)), []
-    for piece in x.split(CHUNK, dim=1):
+        if state is None and final_state:
+            state = x.new_zeros(B, H, E, decay.shape[1], 2)
+        return x, state if final_state else None
+    chunk = min(GPU_CHUNK if x.is_cuda else CHUNK, T)
+    tables, outs = _tables(decay, output, chunk), []
+    pieces = x.split(chunk, dim=1)
+    for number, piece in enumerate(pieces, 1):
         L = piece.shape[1]
-        inside = torch.einsum("htj,bjhe->bthe", tables.response[:, :L, :L], piece)
-        outs.append(inside + torch.einsum("htsc,bhesc->bthe", tables.read[:, :L], state))
-        ages = tables.powers[:L].flip(0)
-        added = torch.einsum("jhsc,bjhe->bhesc", ages, piece)
-        state = _times(tables.powers[L][:, None], state) + added
-    return torch.cat(outs, dim=1), state
+        out = torch.einsum("htj,bjhe->bthe", tables.response[:, :L, :L], piece)
+        if state is not None:
+            out = out + torch.einsum("htsc,bhesc->bthe", tables.read[:, :L], state)
+        outs.append(out)
+        if number < len(pieces) or final_state:
+            state = _after(piece, tables.powers[: L + 1], state)
+    out = torch.cat(outs, dim=1) if len(outs) > 1 else outs[0]
+    return out, state if final_state else None
+
+
+def _after(
+    piece: Float[Tensor, "B L H E"],
+    powers: Float[Tensor, "L1 H S 2"],
+    state: Float[Tensor, "B H E S 2"] | None,
+) -> Float[Tensor, "B H E S 2"]:
+    """The state after a chunk."""
+    added = torch.einsum("jhsc,bjhe->bhesc", powers[:-1].flip(0), piece)
+    return added if state is None else _times(powers[-1][:, None], state) + added
 
 
 def _times(a: Float[Tensor, "... 2"], b: Float[Tensor, "... 2"]) -> Float[Tensor, "... 2"]:

@@ -1,5 +1,5 @@
-"""Causal convolution with a filter as long as the sequence, by the fast Fourier transform."""
+"""Causal convolution with a filter as long as the sequence: products, or Fourier transforms."""
 
-from based.ops.long_convolution.fft import long_convolution
+from based.ops.long_convolution.operator import long_convolution
 
 __all__ = ["long_convolution"]

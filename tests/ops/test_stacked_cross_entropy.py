@@ -19,7 +19,7 @@ def case(dtype: torch.dtype = torch.float64, queries: int = 17) -> tuple[Tensor,
 
 @pytest.mark.parametrize("elements", [1, 33 * 5, 33 * 17, 1 << 20])
 def test_chunks_are_the_reference(monkeypatch: pytest.MonkeyPatch, elements: int) -> None:
-    monkeypatch.setattr(chunked, "CHUNK_ELEMENTS", elements)
+    monkeypatch.setitem(chunked.CHUNK_ELEMENTS, "cpu", elements)
     hidden, head, answers = case()
     upstream = torch.randn(3, dtype=torch.float64)
     got = stacked_cross_entropy(hidden, head, answers)

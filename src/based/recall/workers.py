@@ -14,8 +14,9 @@ from based.errors import BasedError
 from based.recall.results import Row
 from based.recall.sweep import Job, Submit, work
 
-# Points side by side on one GPU: while one records, tests or waits for its host, another computes.
-JOBS_PER_GPU = 4
+# Points side by side on one GPU: while one records or waits for its host, another computes.
+# More fill it no better, and all end later.
+JOBS_PER_GPU = 3
 # The device of a worker process.
 _own_device = "cpu"
 

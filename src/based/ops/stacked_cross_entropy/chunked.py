@@ -1,8 +1,8 @@
 """Loss and gradients in one pass over chunks of queries.
 
 The gradient of the mean loss is known as soon as the logits are: a chunk's logits
-become their own gradient in place, meet both products, and are gone. A step
-then reads and writes each logit a few times in cache instead of keeping all.
+become their own gradient in place, meet both products, and are gone. No more
+logits than a chunk's are ever kept.
 """
 
 from typing import Any
@@ -14,8 +14,9 @@ from torch.autograd.function import once_differentiable
 
 from based.ops.stacked_cross_entropy.gradient import softmax_gradient_
 
-# Logits in memory at a time: about what the last-level cache of a large GPU holds.
-CHUNK_ELEMENTS = 1 << 23
+# Logits in memory at a time: what stays in a CPU's cache, and on a GPU enough queries to
+# spread the sums over the vocabulary, whose results are small, over all of it.
+CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 26}
 
 
 def stacked_cross_entropy(
@@ -38,7 +39,7 @@ def _with_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Losses [M], and their gradients for hidden and head; opaque to `torch.compile`."""
     models, queries, _ = hidden.shape
-    size = max(1, CHUNK_ELEMENTS // (models * head.shape[1]))
+    size = max(1, CHUNK_ELEMENTS["cuda" if hidden.is_cuda else "cpu"] // (models * head.shape[1]))
     weight = head.to(products)
     total = hidden.new_zeros(models)
     d_hidden, d_head = torch.empty_like(hidden), torch.zeros_like(head)

@@ -131,11 +131,12 @@ def _backward(
     from based.ops.linear_recurrence import triton
 
     gradients = _backward_fake(q, k, v, a, b, g, marks, d_out, d_last)
-    # Decays of every channel leave no registers for loads ahead.
-    stages = {"num_stages": 1} if g.shape[3] > 1 else {}
+    # Decays of every channel leave no registers for loads ahead, nor room for a second program.
+    alone = {"num_warps": 8} if q.shape[3] > 32 else {}
+    own = {"num_stages": 1, **alone} if g.shape[3] > 1 else {}
     triton.backward[_grid(v, q.shape[3])](
         *(q, k, v, a, b, g, marks, d_out, d_last, *gradients),
-        **{**_sizes(q, k, v, a, b, g), **stages},
+        **{**_sizes(q, k, v, a, b, g), **own},
     )
     return gradients
 

@@ -48,14 +48,15 @@ def forward(
         x_g = _decays(g + batch * g_b + head * g_h, t, key, g_t, g_c, T, K, A_CHANNEL)
         G, end = _running(x_g, False, A_CHANNEL), tl.sum(x_g, 0)[None, :]
         from_start, to_end = tl.exp(G), tl.exp(_running(x_g, True, A_CHANNEL) - x_g)
-        P_qk = _scores(x_q, x_k, x_g, G, CHUNK, LEVELS, True, A_CHANNEL, PRECISION)
-        o = dot(P_qk, x_v, PRECISION)
+        x_a, x_b = x_q, x_k
         if LOW_RANK:
             x_a = _tile(a + batch * a_b + head * a_h, t, key, a_t, a_c, T, K)
             x_b = _tile(b + batch * b_b + head * b_h, t, key, b_t, b_c, T, K)
-            P_qb = _scores(x_q, x_b, x_g, G, CHUNK, LEVELS, True, A_CHANNEL, PRECISION)
-            P_ak = _scores(x_a, x_k, x_g, G, CHUNK, LEVELS, False, A_CHANNEL, PRECISION)
-            P_ab = _scores(x_a, x_b, x_g, G, CHUNK, LEVELS, False, A_CHANNEL, PRECISION)
+        P_qk, P_qb, P_ak, P_ab = _scores(
+            x_q, x_k, x_a, x_b, x_g, G, CHUNK, LEVELS, LOW_RANK, A_CHANNEL, PRECISION
+        )
+        o = dot(P_qk, x_v, PRECISION)
+        if LOW_RANK:
             u = dot_add(P_ak, x_v, dot(x_a * tl.exp(G - x_g), S, PRECISION), PRECISION)
             u = dot(_inverse(P_ab, CHUNK, LEVELS), u, "tf32x3")
             o = dot_add(P_qb, u, o, PRECISION)
@@ -108,17 +109,20 @@ def backward(
         S = tl.load(marks + (chunk + 1) * K * V + cell, inside, 0.0)
         to_end_sum = tl.sum(S * dS, 1)
         S = tl.load(marks + chunk * K * V + cell, inside, 0.0)
-        P_qk = _scores(x_q, x_k, x_g, G, CHUNK, LEVELS, True, A_CHANNEL, PRECISION)
+        x_a, x_b = x_q, x_k
+        if LOW_RANK:
+            x_a = _tile(a + batch * a_b + head * a_h, t, key, a_t, a_c, T, K)
+            x_b = _tile(b + batch * b_b + head * b_h, t, key, b_t, b_c, T, K)
+        P_qk, P_qb, P_ak, P_ab = _scores(
+            x_q, x_k, x_a, x_b, x_g, G, CHUNK, LEVELS, LOW_RANK, A_CHANNEL, PRECISION
+        )
         d_v = dot_add(tl.trans(P_qk), d_o, dot(x_k * to_end, dS, PRECISION), PRECISION)
         d_q = dot(d_o, tl.trans(S), PRECISION) * from_start
         d_k = dot(x_v, tl.trans(dS), PRECISION)
         before = dot(tl.trans(x_q * from_start), d_o, PRECISION)
+        to_qk = dot(d_o, tl.trans(x_v), PRECISION)
+        to_qb, to_ak, to_ab, d_a, d_b = to_qk, to_qk, to_qk, d_q, d_k
         if LOW_RANK:
-            x_a = _tile(a + batch * a_b + head * a_h, t, key, a_t, a_c, T, K)
-            x_b = _tile(b + batch * b_b + head * b_h, t, key, b_t, b_c, T, K)
-            P_qb = _scores(x_q, x_b, x_g, G, CHUNK, LEVELS, True, A_CHANNEL, PRECISION)
-            P_ak = _scores(x_a, x_k, x_g, G, CHUNK, LEVELS, False, A_CHANNEL, PRECISION)
-            P_ab = _scores(x_a, x_b, x_g, G, CHUNK, LEVELS, False, A_CHANNEL, PRECISION)
             inverse, to_start = _inverse(P_ab, CHUNK, LEVELS), tl.exp(G - x_g)
             u = dot_add(P_ak, x_v, dot(x_a * to_start, S, PRECISION), PRECISION)
             u = dot(inverse, u, "tf32x3")
@@ -131,20 +135,10 @@ def backward(
             to_ak, to_ab = dot(d_u, tl.trans(x_v), PRECISION), dot(d_u, tl.trans(u), PRECISION)
             to_qb = dot(d_o, tl.trans(u), PRECISION)
         d_k *= to_end
-        to_qk = dot(d_o, tl.trans(x_v), PRECISION)
-        d_q, d_k = _through(
-            to_qk, x_q, x_k, x_g, G, d_q, d_k, CHUNK, LEVELS, True, A_CHANNEL, PRECISION
-        )
-        if LOW_RANK:
-            d_q, d_b = _through(
-                to_qb, x_q, x_b, x_g, G, d_q, d_b, CHUNK, LEVELS, True, A_CHANNEL, PRECISION
-            )
-            d_a, d_k = _through(
-                to_ak, x_a, x_k, x_g, G, d_a, d_k, CHUNK, LEVELS, False, A_CHANNEL, PRECISION
-            )
-            d_a, d_b = _through(
-                to_ab, x_a, x_b, x_g, G, d_a, d_b, CHUNK, LEVELS, False, A_CHANNEL, PRECISION
-            )
+        d_q, d_k, d_a, d_b = _through(
+            (to_qk, to_qb, to_ak, to_ab), x_q, x_k, x_a, x_b, x_g, G, d_q, d_k, d_a, d_b,
+            CHUNK, LEVELS, LOW_RANK, A_CHANNEL, PRECISION,
+        )  # fmt: skip
         dS = _column(tl.exp(end), A_CHANNEL) * dS + before
         wide = ((part * T + t[:, None]) * H + head) * K + key[None, :]
         narrow = (t[:, None] < T) & (key[None, :] < K)
@@ -205,44 +199,100 @@ def _column(x, A_CHANNEL: tl.constexpr):
 
 @triton.jit
 def _scores(
-    x, y, g, G, CHUNK: tl.constexpr, LEVELS: tl.constexpr, SELF: tl.constexpr,
+    q, k, a, b, g, G, CHUNK: tl.constexpr, LEVELS: tl.constexpr, LOW_RANK: tl.constexpr,
     A_CHANNEL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """P_xy: x_t . (y_i e^(G_t - G_i)) for i <= t if SELF, otherwise to E_t for i < t."""
+    """P_qk, P_qb, P_ak and P_ab; without LOW_RANK P_qk alone, four times.
+
+    Level by level, all four at once: the decays of a level are then soon forgotten.
+    """
     late, early = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
     if not A_CHANNEL:
-        return dot(x, tl.trans(y), PRECISION) * _weights(g, late, early, SELF)
-    if SELF:
-        P = tl.where(early == late, tl.sum(x * y, 1)[:, None], 0.0)
+        weights = _weights(g, late, early, True)
+        P_qk = dot(q, tl.trans(k), PRECISION) * weights
+        P_qb, P_ak, P_ab = P_qk, P_qk, P_qk
+        if LOW_RANK:
+            P_qb = dot(q, tl.trans(b), PRECISION) * weights
+            weights = _weights(g, late, early, False)
+            P_ak = dot(a, tl.trans(k), PRECISION) * weights
+            P_ab = dot(a, tl.trans(b), PRECISION) * weights
     else:
-        P = tl.zeros((CHUNK, CHUNK), tl.float32)
-    for level in tl.static_range(LEVELS):
-        from_border, to_border = _around_border(G if SELF else G - g, G, 1 << level, CHUNK)
-        both = dot(x * from_border, tl.trans(y * to_border), PRECISION)
-        P = tl.where(_pairs(late, early, 1 << level), both, P)
-    return P
+        P_qk = tl.where(early == late, tl.sum(q * k, 1)[:, None], 0.0)
+        P_qb, P_ak, P_ab = P_qk, P_qk, P_qk
+        if LOW_RANK:
+            P_qb = tl.where(early == late, tl.sum(q * b, 1)[:, None], 0.0)
+            P_ak = tl.zeros((CHUNK, CHUNK), tl.float32)
+            P_ab = tl.zeros((CHUNK, CHUNK), tl.float32)
+        for level in tl.static_range(LEVELS):
+            pairs = _pairs(late, early, 1 << level)
+            from_border, to_border = _around_border(G, G, 1 << level, CHUNK)
+            k_there, q_there = tl.trans(k * to_border), q * from_border
+            P_qk = tl.where(pairs, dot(q_there, k_there, PRECISION), P_qk)
+            if LOW_RANK:
+                from_border, to_border = _around_border(G - g, G, 1 << level, CHUNK)
+                b_there, a_there = tl.trans(b * to_border), a * from_border
+                P_qb = tl.where(pairs, dot(q_there, b_there, PRECISION), P_qb)
+                P_ak = tl.where(pairs, dot(a_there, k_there, PRECISION), P_ak)
+                P_ab = tl.where(pairs, dot(a_there, b_there, PRECISION), P_ab)
+    return P_qk, P_qb, P_ak, P_ab
 
 
 @triton.jit
 def _through(
-    dP, x, y, g, G, dx, dy, CHUNK: tl.constexpr, LEVELS: tl.constexpr, SELF: tl.constexpr,
+    dP, q, k, a, b, g, G, dq, dk, da, db,
+    CHUNK: tl.constexpr, LEVELS: tl.constexpr, LOW_RANK: tl.constexpr,
     A_CHANNEL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dx and dy with what reaches x and y through their scores, whose gradient is dP."""
+    """dq, dk, da, db with what reaches them through the scores, whose gradients dP holds."""
+    to_qk, to_qb, to_ak, to_ab = dP
     late, early = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
     if not A_CHANNEL:
-        dP *= _weights(g, late, early, SELF)
-        return dot_add(dP, y, dx, PRECISION), dot_add(tl.trans(dP), x, dy, PRECISION)
-    if SELF:
-        own = tl.sum(tl.where(early == late, dP, 0.0), 1)[:, None]
-        dx += own * y
-        dy += own * x
-    for level in tl.static_range(LEVELS):
-        from_border, to_border = _around_border(G if SELF else G - g, G, 1 << level, CHUNK)
-        own = tl.where(_pairs(late, early, 1 << level), dP, 0.0)
-        dx += from_border * dot(own, y * to_border, PRECISION)
-        dy += to_border * dot(tl.trans(own), x * from_border, PRECISION)
-    return dx, dy
+        weights = _weights(g, late, early, True)
+        to_qk *= weights
+        dq = dot_add(to_qk, k, dq, PRECISION)
+        dk = dot_add(tl.trans(to_qk), q, dk, PRECISION)
+        if LOW_RANK:
+            to_qb *= weights
+            dq = dot_add(to_qb, b, dq, PRECISION)
+            db = dot_add(tl.trans(to_qb), q, db, PRECISION)
+            weights = _weights(g, late, early, False)
+            to_ak *= weights
+            to_ab *= weights
+            da = dot_add(to_ab, b, dot_add(to_ak, k, da, PRECISION), PRECISION)
+            dk = dot_add(tl.trans(to_ak), a, dk, PRECISION)
+            db = dot_add(tl.trans(to_ab), a, db, PRECISION)
+    else:
+        own = tl.sum(tl.where(early == late, to_qk, 0.0), 1)[:, None]
+        dq += own * k
+        dk += own * q
+        if LOW_RANK:
+            own = tl.sum(tl.where(early == late, to_qb, 0.0), 1)[:, None]
+            dq += own * b
+            db += own * q
+        for level in tl.static_range(LEVELS):
+            pairs = _pairs(late, early, 1 << level)
+            from_border, to_border = _around_border(G, G, 1 << level, CHUNK)
+            k_there, q_there = k * to_border, q * from_border
+            own_qk = tl.where(pairs, to_qk, 0.0)
+            reaches_q = dot(own_qk, k_there, PRECISION)
+            reaches_k = dot(tl.trans(own_qk), q_there, PRECISION)
+            if LOW_RANK:
+                from_before, to_border = _around_border(G - g, G, 1 << level, CHUNK)
+                b_there, a_there = b * to_border, a * from_before
+                own_qb = tl.where(pairs, to_qb, 0.0)
+                own_ak = tl.where(pairs, to_ak, 0.0)
+                own_ab = tl.where(pairs, to_ab, 0.0)
+                reaches_q = dot_add(own_qb, b_there, reaches_q, PRECISION)
+                reaches_k = dot_add(tl.trans(own_ak), a_there, reaches_k, PRECISION)
+                reaches_b = dot(tl.trans(own_qb), q_there, PRECISION)
+                reaches_b = dot_add(tl.trans(own_ab), a_there, reaches_b, PRECISION)
+                reaches_a = dot(own_ak, k_there, PRECISION)
+                reaches_a = dot_add(own_ab, b_there, reaches_a, PRECISION)
+                da += from_before * reaches_a
+                db += to_border * reaches_b
+            dq += from_border * reaches_q
+            dk += to_border * reaches_k
+    return dq, dk, da, db
 
 
 @triton.jit

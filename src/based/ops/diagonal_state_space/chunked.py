@@ -13,7 +13,8 @@ from torch import Tensor
 from based.ops.long_convolution.toeplitz import toeplitz
 from based.ops.precision import without_autocast
 
-# A GPU has the products of long chunks for nothing, and their states cost it passes.
+# A GPU has the products of long chunks for nothing, and states cost it passes; where their
+# matrix is no larger than their inputs.
 CHUNK, GPU_CHUNK = 64, 256
 
 
@@ -56,7 +57,7 @@ def diagonal_state_space(
         if state is None and final_state:
             state = x.new_zeros(B, H, E, decay.shape[1], 2)
         return x, state if final_state else None
-    chunk = min(GPU_CHUNK if x.is_cuda else CHUNK, T)
+    chunk = min(GPU_CHUNK if x.is_cuda and B * E >= GPU_CHUNK else CHUNK, T)
     tables, outs = _tables(decay, output, chunk), []
     pieces = x.split(chunk, dim=1)
     for number, piece in enumerate(pieces, 1):

@@ -7,7 +7,8 @@ from based.ops.long_convolution.fft import convolve_by_fft
 from based.ops.long_convolution.toeplitz import convolve_by_products
 from based.ops.precision import state_dtype, without_autocast
 
-# Tokens up to which a GPU multiplies faster than it transforms.
+# Tokens up to which a GPU multiplies faster than it transforms: of as many rows at least,
+# so that the matrices are no larger than the inputs.
 MOST_TOKENS = 512
 
 
@@ -21,8 +22,9 @@ def long_convolution(
     included, and a NaN or infinity anywhere in it reaches every output; float32 products
     are in TF32 where torch's are.
     """
-    T, wide = x.shape[1], state_dtype(x.dtype)
+    (B, T, _), wide = x.shape, state_dtype(x.dtype)
     if T == 0:
         return x
-    convolve = convolve_by_products if x.is_cuda and T <= MOST_TOKENS else convolve_by_fft
+    short = x.is_cuda and min(MOST_TOKENS, B) >= T
+    convolve = convolve_by_products if short else convolve_by_fft
     return convolve(x.to(wide), taps[:T].to(wide)).to(x.dtype)

@@ -35,6 +35,11 @@ def lanes_as_rows(op: Callable[P, R]) -> Callable[P, R]:
     return wrapped
 
 
+def lanes_first(x: Tensor, dim: int | None, lanes: int) -> Tensor:
+    """x of every lane, in a vmap rule that finds its lanes on axis `dim` (None: shared by all)."""
+    return x.expand(lanes, *x.shape) if dim is None else x.movedim(dim, 0)
+
+
 class _Fold(torch.autograd.Function):
     """Exists for its vmap rule: below it autograd records `op` as it would without lanes."""
 
@@ -55,8 +60,7 @@ class _Fold(torch.autograd.Function):
         def fold(x: Any, dim: int | None) -> Any:
             if not isinstance(x, Tensor):
                 return x
-            moved = x.expand(lanes, *x.shape) if dim is None else x.movedim(dim, 0)
-            return moved.flatten(0, 1)
+            return lanes_first(x, dim, lanes).flatten(0, 1)
 
         out = op(*(fold(x, dim) for x, dim in zip(args, in_dims[1:], strict=True)))
         if isinstance(out, Tensor):

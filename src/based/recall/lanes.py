@@ -19,6 +19,7 @@ from torch.func import functional_call, vmap
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from based.ops.lanes import lanes_first
 from based.ops.stacked_linear import stacked_linear
 from based.recall.model import RecallModel
 
@@ -185,14 +186,10 @@ class _Linear(torch.autograd.Function):
     ) -> tuple[Tensor, int]:
         lanes = info.batch_size
         x, weight, bias = (
-            given if given is None else _lanes_first(given, dim, lanes)
+            given if given is None else lanes_first(given, dim, lanes)
             for given, dim in zip(args, in_dims, strict=True)
         )
         assert x is not None
         assert weight is not None
         y = stacked_linear(x.reshape(lanes, -1, x.shape[-1]), weight, bias)
         return y.unflatten(1, x.shape[1:-1]), 0
-
-
-def _lanes_first(x: Tensor, dim: int | None, lanes: int) -> Tensor:
-    return x.expand(lanes, *x.shape) if dim is None else x.movedim(dim, 0)

@@ -1,10 +1,12 @@
 """The selective scan as Triton kernels: a program carries the states of some channels.
 
 A state never leaves registers but once every CHUNK tokens. The backward pass goes
-from the last chunk to the first, computes the chunk's states anew into a scratch
-that stays in cache, and walks back over them.
+from the last chunk to the first, computes every fourth of the chunk's states anew
+into a scratch that stays in cache, and from there four at a time, over which it
+walks back. Four tokens at once, each by name: their loads wait together.
 """
 
+from math import e, log, log2
 from typing import Any
 
 import torch
@@ -15,7 +17,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 CHUNK = 16
-CHANNELS = 32
+# Of a thread of the backward pass: as few as it needs, so that others run beside it.
+REGISTERS = 168
+LOG2_E, LN_2 = tl.constexpr(log2(e)), tl.constexpr(log(2))
 
 
 def selective_scan_kernel(
@@ -58,10 +62,9 @@ def _scan(
     """Outputs, final state, and the state before every chunk."""
     (B, T, D), N = x.shape, A.shape[2]
     y, last, marks = _scan_fake(x, delta, A, b, c, state)
-    _forward[(B, triton.cdiv(D, CHANNELS))](
-        *(x, delta, A, b, c, state, y, last, marks, T, D, N),
+    _forward[_grid(B, D, N)](
+        *(x, delta, A, b, c, state, y, last, marks, T, D),
         CHUNK=CHUNK,
-        BLOCK_D=CHANNELS,
         **_sizes(N),
     )
     return y, last, marks
@@ -89,11 +92,11 @@ def _scan_backward(
     """Gradients of x, delta, A, b, c and state; of b and c a part from every block of channels."""
     (B, T, D), N = x.shape, A.shape[2]
     gradients = _scan_backward_fake(x, delta, A, b, c, marks, dy, d_last)
-    _backward[(B, triton.cdiv(D, CHANNELS))](
+    _backward[_grid(B, D, N)](
         *(x, delta, A, b, c, marks, dy, d_last),
-        *(*gradients, x.new_empty(B, CHUNK, D, N), T, D, N),
+        *(*gradients, x.new_empty(B, CHUNK // 4, D, N), T, D),
         CHUNK=CHUNK,
-        BLOCK_D=CHANNELS,
+        maxnreg=REGISTERS,
         **_sizes(N),
     )
     return gradients
@@ -110,94 +113,150 @@ def _scan_backward_fake(
     dy: Tensor,
     d_last: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    parts = (triton.cdiv(x.shape[2], CHANNELS), *b.shape)
+    parts = (_grid(*x.shape[::2], A.shape[2])[1], *b.shape)
     wide = (torch.empty_like(tensor) for tensor in (x, delta, A))
     return *wide, x.new_empty(parts), x.new_empty(parts), torch.empty_like(A)  # pyright: ignore[reportReturnType]
 
 
 def _sizes(N: int) -> dict[str, int]:
-    """States a warp holds: more of them would not fit its registers in the backward pass."""
+    """A warp of 256 states: more would not fit its registers, and warps would wait to add up."""
     block = triton.next_power_of_2(N)
-    return {"BLOCK_N": block, "num_warps": max(1, block // 8)}
+    return {"N": N, "BLOCK_N": block, "BLOCK_D": max(1, 256 // block), "num_warps": 1}
+
+
+def _grid(B: int, D: int, N: int) -> tuple[int, int]:
+    return B, triton.cdiv(D, _sizes(N)["BLOCK_D"])
 
 
 @triton.jit
 def _forward(
-    x, delta, A, b, c, state, y, last, marks, T, D, N,
-    CHUNK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    x, delta, A, b, c, state, y, last, marks, T, D,
+    N: tl.constexpr, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     place = tl.arange(0, BLOCK_N)
-    own, mine = channel < D, place < N
     cell = channel[:, None] * N + place[None, :]
-    inside = own[:, None] & mine[None, :]
-    a = tl.load(A + row * D * N + cell, inside, 0.0)
+    inside = (channel[:, None] < D) & (place[None, :] < N)
+    rate = tl.load(A + row * D * N + cell, inside, 0.0) * LOG2_E
     h = tl.load(state + row * D * N + cell, inside, 0.0)
+    x, delta, y = x + row * T * D, delta + row * T * D, y + row * T * D
+    b, c = b + row * T * N, c + row * T * N
     chunks = tl.cdiv(T, CHUNK)
     for chunk in range(chunks):
         tl.store(marks + (row * chunks + chunk) * D * N + cell, h, inside)
-        for token in range(chunk * CHUNK, min(T, (chunk + 1) * CHUNK)):
-            at = row * T + token
-            step = tl.load(delta + at * D + channel, own, 0.0)
-            drive = step * tl.load(x + at * D + channel, own, 0.0)
-            b_t = tl.load(b + at * N + place, mine, 0.0)
-            c_t = tl.load(c + at * N + place, mine, 0.0)
-            h = tl.exp(step[:, None] * a) * h + drive[:, None] * b_t[None, :]
-            tl.store(y + at * D + channel, tl.sum(h * c_t[None, :], 1), own)
+        for t in range(chunk * CHUNK, min(T, (chunk + 1) * CHUNK), 4):
+            s0, d0, b0 = _drive(x, delta, b, t, channel, place, T, D, N)
+            s1, d1, b1 = _drive(x, delta, b, t + 1, channel, place, T, D, N)
+            s2, d2, b2 = _drive(x, delta, b, t + 2, channel, place, T, D, N)
+            s3, d3, b3 = _drive(x, delta, b, t + 3, channel, place, T, D, N)
+            c0, c1 = _row(c, t, place, T, N), _row(c, t + 1, place, T, N)
+            c2, c3 = _row(c, t + 2, place, T, N), _row(c, t + 3, place, T, N)
+            h0 = _decay(s0, rate) * h + d0[:, None] * b0[None, :]
+            h1 = _decay(s1, rate) * h0 + d1[:, None] * b1[None, :]
+            h2 = _decay(s2, rate) * h1 + d2[:, None] * b2[None, :]
+            h = _decay(s3, rate) * h2 + d3[:, None] * b3[None, :]
+            _put(y, t, channel, tl.sum(h0 * c0[None, :], 1), T, D)
+            _put(y, t + 1, channel, tl.sum(h1 * c1[None, :], 1), T, D)
+            _put(y, t + 2, channel, tl.sum(h2 * c2[None, :], 1), T, D)
+            _put(y, t + 3, channel, tl.sum(h * c3[None, :], 1), T, D)
     tl.store(last + row * D * N + cell, h, inside)
 
 
 @triton.jit
 def _backward(
-    x, delta, A, b, c, marks, dy, d_last, dx, d_delta, dA, db, dc, d_state, scratch, T, D, N,
-    CHUNK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    x, delta, A, b, c, marks, dy, d_last, dx, d_delta, dA, db, dc, d_state, scratch, T, D,
+    N: tl.constexpr, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    block = tl.program_id(1)
+    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     channel = block * BLOCK_D + tl.arange(0, BLOCK_D)
     place = tl.arange(0, BLOCK_N)
-    own, mine = channel < D, place < N
     cell = channel[:, None] * N + place[None, :]
-    inside = own[:, None] & mine[None, :]
-    a = tl.load(A + row * D * N + cell, inside, 0.0)
+    inside = (channel[:, None] < D) & (place[None, :] < N)
+    rate = tl.load(A + row * D * N + cell, inside, 0.0) * LOG2_E
     to_h = tl.load(d_last + row * D * N + cell, inside, 0.0)
-    to_a = tl.zeros((BLOCK_D, BLOCK_N), tl.float32)
+    to_rate = tl.zeros((BLOCK_D, BLOCK_N), tl.float32)
+    x, delta, dy = x + row * T * D, delta + row * T * D, dy + row * T * D
+    dx, d_delta = dx + row * T * D, d_delta + row * T * D
+    part = (block * tl.num_programs(0) + row) * T * N
+    b, c, db, dc = b + row * T * N, c + row * T * N, db + part, dc + part
+    scratch += row * (CHUNK // 4) * D * N
     chunks = tl.cdiv(T, CHUNK)
     for back in range(chunks):
         chunk = chunks - 1 - back
-        first, count = chunk * CHUNK, min(T - chunk * CHUNK, CHUNK)
+        fours = tl.cdiv(min(T - chunk * CHUNK, CHUNK), 4)
         h = tl.load(marks + (row * chunks + chunk) * D * N + cell, inside, 0.0)
-        for i in range(count):
-            at = row * T + first + i
-            step = tl.load(delta + at * D + channel, own, 0.0)
-            drive = step * tl.load(x + at * D + channel, own, 0.0)
-            b_t = tl.load(b + at * N + place, mine, 0.0)
-            h = tl.exp(step[:, None] * a) * h + drive[:, None] * b_t[None, :]
-            tl.store(scratch + (row * CHUNK + i) * D * N + cell, h, inside)
+        for four in range(fours):
+            tl.store(scratch + four * D * N + cell, h, inside)
+            t = chunk * CHUNK + 4 * four
+            s0, d0, b0 = _drive(x, delta, b, t, channel, place, T, D, N)
+            s1, d1, b1 = _drive(x, delta, b, t + 1, channel, place, T, D, N)
+            s2, d2, b2 = _drive(x, delta, b, t + 2, channel, place, T, D, N)
+            s3, d3, b3 = _drive(x, delta, b, t + 3, channel, place, T, D, N)
+            h = _decay(s0, rate) * h + d0[:, None] * b0[None, :]
+            h = _decay(s1, rate) * h + d1[:, None] * b1[None, :]
+            h = _decay(s2, rate) * h + d2[:, None] * b2[None, :]
+            h = _decay(s3, rate) * h + d3[:, None] * b3[None, :]
         tl.debug_barrier()
-        for j in range(count):
-            i = count - 1 - j
-            at = row * T + first + i
-            h = tl.load(scratch + (row * CHUNK + i) * D * N + cell, inside, 0.0)
-            step = tl.load(delta + at * D + channel, own, 0.0)
-            u = tl.load(x + at * D + channel, own, 0.0)
-            b_t = tl.load(b + at * N + place, mine, 0.0)
-            c_t = tl.load(c + at * N + place, mine, 0.0)
-            dy_t = tl.load(dy + at * D + channel, own, 0.0)
-            # to_h is the gradient that reaches h_t; h - added is exp(delta_t A) h_(t-1).
-            to_h += dy_t[:, None] * c_t[None, :]
-            added = (step * u)[:, None] * b_t[None, :]
-            to_exponent = to_h * (h - added)
-            to_drive = tl.sum(to_h * b_t[None, :], 1)
-            to_step = to_drive * u + tl.sum(to_exponent * a, 1)
-            to_a += to_exponent * step[:, None]
-            part = (block * tl.num_programs(0) + row) * T + first + i
-            tl.store(dc + part * N + place, tl.sum(dy_t[:, None] * h, 0), mine)
-            tl.store(db + part * N + place, tl.sum((step * u)[:, None] * to_h, 0), mine)
-            tl.store(dx + at * D + channel, to_drive * step, own)
-            tl.store(d_delta + at * D + channel, to_step, own)
-            to_h = tl.exp(step[:, None] * a) * to_h
+        for later in range(fours):
+            four = fours - 1 - later
+            t = chunk * CHUNK + 4 * four
+            h = tl.load(scratch + four * D * N + cell, inside, 0.0)
+            s0, d0, b0 = _drive(x, delta, b, t, channel, place, T, D, N)
+            s1, d1, b1 = _drive(x, delta, b, t + 1, channel, place, T, D, N)
+            s2, d2, b2 = _drive(x, delta, b, t + 2, channel, place, T, D, N)
+            s3, d3, b3 = _drive(x, delta, b, t + 3, channel, place, T, D, N)
+            h0 = _decay(s0, rate) * h + d0[:, None] * b0[None, :]
+            h1 = _decay(s1, rate) * h0 + d1[:, None] * b1[None, :]
+            h2 = _decay(s2, rate) * h1 + d2[:, None] * b2[None, :]
+            h3 = _decay(s3, rate) * h2 + d3[:, None] * b3[None, :]
+            given = x, c, dy, dx, d_delta, db, dc
+            sizes = channel, place, T, D, N
+            to_h, to_rate = _back(given, t + 3, s3, d3, b3, h2, h3, rate, to_h, to_rate, sizes)
+            to_h, to_rate = _back(given, t + 2, s2, d2, b2, h1, h2, rate, to_h, to_rate, sizes)
+            to_h, to_rate = _back(given, t + 1, s1, d1, b1, h0, h1, rate, to_h, to_rate, sizes)
+            to_h, to_rate = _back(given, t, s0, d0, b0, h, h0, rate, to_h, to_rate, sizes)
         tl.debug_barrier()
-    tl.store(dA + row * D * N + cell, to_a, inside)
+    tl.store(dA + row * D * N + cell, to_rate, inside)
     tl.store(d_state + row * D * N + cell, to_h, inside)
+
+
+@triton.jit
+def _back(given, t, step, drive, b_t, before, h, rate, to_h, to_rate, sizes):
+    """Gradients of token t, whose state was `before` and is h; to_h reaches it from later ones."""
+    x, c, dy, dx, d_delta, db, dc = given
+    channel, place, T, D, N = sizes
+    dy_t, u = _row(dy, t, channel, T, D), _row(x, t, channel, T, D)
+    to_h += dy_t[:, None] * _row(c, t, place, T, N)[None, :]
+    _put(dc, t, place, tl.sum(dy_t[:, None] * h, 0), T, N)
+    _put(db, t, place, tl.sum(drive[:, None] * to_h, 0), T, N)
+    to_drive = tl.sum(to_h * b_t[None, :], 1)
+    to_h *= _decay(step, rate)
+    to_exponent = to_h * before
+    to_step = to_drive * u + tl.sum(to_exponent * rate, 1) * LN_2
+    _put(dx, t, channel, to_drive * step, T, D)
+    _put(d_delta, t, channel, to_step, T, D)
+    return to_h, to_rate + to_exponent * step[:, None]
+
+
+@triton.jit
+def _drive(x, delta, b, t, channel, place, T, D, N):
+    """Time step, its product with x, and b of token t; past the end zeros, which change nothing."""
+    step = _row(delta, t, channel, T, D)
+    return step, step * _row(x, t, channel, T, D), _row(b, t, place, T, N)
+
+
+@triton.jit
+def _decay(step, rate):
+    """exp(delta_t A)."""
+    return tl.exp2(step[:, None] * rate)
+
+
+@triton.jit
+def _row(x, t, channel, T, C):
+    return tl.load(x + tl.cast(t, tl.int64) * C + channel, (t < T) & (channel < C), 0.0)
+
+
+@triton.jit
+def _put(x, t, channel, values, T, C):
+    tl.store(x + tl.cast(t, tl.int64) * C + channel, values, (t < T) & (channel < C))

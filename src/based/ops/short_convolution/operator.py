@@ -146,8 +146,8 @@ def _sizes(
     gate_strides = (0, 0) if gate is None else gate.stride()[:2]
     weight_strides = weight.stride()
     return {
-        **dict(zip(("x_b", "x_t"), x.stride()[:2], strict=True)),
-        **dict(zip(("gate_b", "gate_t"), gate_strides, strict=True)),
+        **dict(zip(("x_b", "X_T"), x.stride()[:2], strict=True)),
+        **dict(zip(("gate_b", "GATE_T"), gate_strides, strict=True)),
         **dict(zip(("weight_b", "weight_c", "weight_w"), weight_strides, strict=True)),
         "bias_b": 0 if bias is None else bias.stride(0),
         "T": x.shape[1],
@@ -155,7 +155,6 @@ def _sizes(
         "W": weight.shape[2],
         "SILU": silu and gate is None,
         "STRETCH": STRETCH,
-        "BLOCK_T": 16,
         "BLOCK_C": BLOCK_C,
-        "num_warps": 4,
+        "num_warps": 1,
     }

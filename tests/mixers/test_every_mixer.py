@@ -39,7 +39,7 @@ OPTIONS: dict[str, list[dict[str, int | float | str]]] = {
         {"num_heads": 4, "num_kv_heads": 2, "rotary_fraction": 0.5},
     ],
     "mamba": [{"state_size": 3}],
-    "mamba2": [{"state_size": 5, "head_dim": 12}],
+    "mamba2": [{"state_size": 5, "head_dim": 12}, {"state_size": 8, "head_dim": 8}],
     "rwkv5": [{"head_dim": 4}],
     "rwkv7": [{"head_dim": 4, "decay_rank": 2, "rate_rank": 3, "gate_rank": 4}],
     "gated_linear_attention": [{"num_heads": 3, "decay_rank": 2}],

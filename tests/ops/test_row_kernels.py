@@ -9,6 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from based.ops import kernels
+from based.ops.gated_norm import gated_norm
+from based.ops.gated_norm import operator as gated_norm_operator
+from based.ops.gated_norm.reference import gated_norm_reference
 from based.ops.gated_short_convolution.shifted import short_convolution
 from based.ops.row_norm import layer_norm, rms_norm
 from based.ops.row_norm import operator as norm_operator
@@ -25,6 +28,7 @@ def _with_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     # So that short sequences have several stretches too.
     monkeypatch.setattr(convolution_operator, "STRETCH", 32)
     monkeypatch.setattr(norm_operator, "STRETCH", 32)
+    monkeypatch.setattr(gated_norm_operator, "STRETCH", 32)
 
 
 def randn(*shape: int) -> Tensor:
@@ -93,6 +97,59 @@ def test_convolutions_in_lanes() -> None:
         return torch.stack([gated(*lane) for lane in zip(*lanes, strict=True)])
 
     check(torch.vmap(activated_convolution), apart, x, weight, bias, gate)
+
+
+def gated_norm_inputs(*shape: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """y, u, z, skip and weight for a shape [..., H, P]."""
+    H, P = shape[-2:]
+    return randn(*shape), randn(*shape), randn(*shape[:-2], H * P), randn(H), randn(H * P)
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 2, 5), (2, 33, 4, 16), (1, 75, 3, 20), (1, 2, 18, 64), (3, 3, 20)]
+)
+def test_the_gated_norm(shape: tuple[int, ...]) -> None:
+    check(gated_norm, gated_norm_reference, *gated_norm_inputs(*shape))
+
+
+def test_the_gated_norm_in_pytorch() -> None:
+    inputs = gated_norm_inputs(2, 9, 3, 20)  # float64 has no kernel
+    torch.testing.assert_close(gated_norm(*inputs), gated_norm_reference(*inputs))
+
+
+def test_gated_norms_in_lanes() -> None:
+    y, u, z, _, _ = gated_norm_inputs(3, 2, 37, 3, 20)
+
+    def apart(*lanes: Tensor) -> Tensor:
+        return torch.stack([gated_norm_reference(*lane) for lane in zip(*lanes, strict=True)])
+
+    check(torch.vmap(gated_norm), apart, y, u, z, randn(3, 3), randn(3, 60))
+
+
+def test_gated_norms_of_slices_in_sixteen_bits() -> None:
+    y, *_, skip, weight = (x.bfloat16() for x in gated_norm_inputs(2, 37, 3, 20))
+    wide = randn(2, 37, 3 + 60 + 60).bfloat16()
+
+    def sliced(y: Tensor, wide: Tensor, skip: Tensor, weight: Tensor) -> Tensor:
+        u = wide[..., 3:63].unflatten(-1, (3, 20))
+        return gated_norm(y, u, wide[..., 63:], skip, weight)
+
+    exact = [x.double().requires_grad_() for x in (y, wide, skip, weight)]
+    mine = [x.to(DEVICE).requires_grad_() for x in (y, wide, skip, weight)]
+    got, want = sliced(*mine), sliced(*exact)
+    given = torch.randn_like(want).bfloat16()
+    gradients = torch.autograd.grad(got, mine, given.to(DEVICE))
+    others = torch.autograd.grad(want, exact, given.double())
+    for one, other in zip((got, *gradients), (want, *others), strict=True):
+        assert one.dtype == torch.bfloat16
+        assert (one.cpu() - other).norm() < 4e-3 * other.norm()
+
+
+def test_opcheck_of_the_gated_norm() -> None:
+    y, u, z, skip, weight = (x.float().to(DEVICE) for x in gated_norm_inputs(2, 5, 3, 4))
+    rows = y.flatten(2), u.flatten(2), z, skip.expand(2, -1), weight.expand(2, -1)
+    torch.library.opcheck(gated_norm_operator._forward, (*rows, 1e-5))
+    torch.library.opcheck(gated_norm_operator._backward, (*rows, z, 1e-5))
 
 
 def test_sixteen_bits_and_slices() -> None:

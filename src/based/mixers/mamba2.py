@@ -14,8 +14,8 @@ from based.ops.decayed_linear_attention import (
     decayed_linear_attention,
     decayed_linear_attention_step,
 )
+from based.ops.gated_norm import gated_norm
 from based.ops.precision import state_dtype
-from based.ops.row_norm import rms_norm
 
 
 class Mamba2(Mixer):
@@ -73,16 +73,20 @@ class Mamba2(Mixer):
     def _inputs(
         self, convolved: Float[Tensor, "... D"], dt: Float[Tensor, "... H"]
     ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """x by heads; and C, B, the values and log decays of linear attention."""
+        """x by heads; and queries, keys, values and log decays of linear attention."""
         sizes = (self.split[0], self.state_size, self.state_size)
         u, B, C = convolved.split(sizes, dim=-1)
         u = u.unflatten(-1, (-1, self.head_dim))
         wide = state_dtype(u.dtype)
         dt = F.softplus(dt.to(wide) + self.dt_bias.to(wide))
         log_decay = -self.A_log.to(wide).exp() * dt
-        values = (dt[..., None] * u).to(u.dtype)
-        return u, (C[..., None, :], B[..., None, :], values, log_decay[..., None])
+        # d_t B_t x_t^T: the smaller of the two is scaled.
+        keys, values = B[..., None, :], u
+        if self.state_size < self.head_dim:
+            keys = (dt[..., None] * keys).to(u.dtype)
+        else:
+            values = (dt[..., None] * u).to(u.dtype)
+        return u, (C[..., None, :], keys, values, log_decay[..., None])
 
     def _output(self, y: Tensor, u: Tensor, z: Tensor) -> Tensor:
-        y = (y + self.D.to(u.dtype)[:, None] * u).flatten(-2) * F.silu(z)
-        return self.out_proj(rms_norm(y, self.norm_weight.to(y.dtype)))
+        return self.out_proj(gated_norm(y, u, z, self.D, self.norm_weight))

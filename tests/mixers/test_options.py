@@ -127,7 +127,7 @@ def test_h3_state_is_what_it_says() -> None:
 
 def test_h3_remembers_with_the_published_time_scales() -> None:
     mixer = build_mixer("h3", 512, state_size=8)
-    decay, _ = mixer._system(torch.float64)
+    decay, *_ = mixer._system(torch.float64)
     # exp(-dt / 2) for dt from 0.001 to 0.1.
     assert 0.9485 < decay.abs()[:, 0].min() < 0.9525
     assert 0.999 < decay.abs()[:, 0].max() < 0.9996

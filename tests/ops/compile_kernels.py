@@ -115,6 +115,7 @@ def around() -> None:
 
 
 def rows() -> None:
+    from based.ops.outer_product import operator as products
     from based.ops.row_norm import operator as norm
     from based.ops.short_convolution import operator as convolution
 
@@ -125,6 +126,22 @@ def rows() -> None:
             convolution._backward._init_fn(x, taps, bias, gate, x, gate is None)
             norm._forward._init_fn(x, weight, bias, 1e-5, bias is not None)
             norm._backward._init_fn(x, weight, x, bias is not None, 1e-5, bias is not None)
+        for heads in (64, 128):
+            m = products._outer._init_fn(x[None], x[None], heads)
+            products._product._init_fn(x[None], products._by_token(m), x[None])
+
+
+def gated_norm() -> None:
+    from based.ops.gated_norm import operator
+
+    # Widths of a recall model, of a language model, and a wide one.
+    for heads, head_dim, dtype in ((8, 64, F32), (28, 64, BF16), (80, 64, BF16)):
+        C = heads * head_dim
+        y, wide = empty(4, 256, C, dtype=dtype), empty(4, 256, 2 * C + 40, dtype=dtype)
+        own = empty(4, heads, dtype=F32), empty(4, C, dtype=F32)
+        given = y, wide[..., :C], wide[..., C : 2 * C], *own
+        operator._forward._init_fn(*given, 1e-5)
+        operator._backward._init_fn(*given, y, 1e-5)
 
 
 def recurrence(K: int, dtype: torch.dtype, decays: int, low_rank: bool, products: str) -> None:
@@ -190,6 +207,7 @@ def decode() -> None:
 GROUPS: dict[str, Callable[[], object]] = {
     "around": around,
     "decode": decode,
+    "gated-norm": gated_norm,
     "rows": rows,
     "recurrence": lambda: [
         recurrence(64, F32, 64, True, "high"),

@@ -8,14 +8,15 @@ from based.ops.diagonal_state_space import diagonal_state_space, diagonal_state_
 from based.ops.diagonal_state_space.reference import diagonal_state_space_reference
 
 
-def make(length: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Inputs, decays of modulus 0.3 to 1 at any angle, output weights, and a state."""
+def make(length: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Inputs, decays of modulus 0.3 to 1 at any angle, output weights, skips, and a state."""
     dtype = torch.float64
     x = torch.randn(2, length, 3, 4, dtype=dtype)
     modulus = 0.3 + 0.699 * torch.rand(3, 5, dtype=dtype)
     decay = torch.polar(modulus, 6.3 * torch.rand(3, 5, dtype=dtype))
     output = torch.view_as_complex(torch.randn(3, 5, 2, dtype=dtype))
-    return x, decay, output, torch.randn(2, 3, 4, 5, 2, dtype=dtype)
+    skip = torch.randn(3, dtype=dtype)
+    return x, decay, output, skip, torch.randn(2, 3, 4, 5, 2, dtype=dtype)
 
 
 @pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 200])
@@ -27,9 +28,9 @@ def test_chunked_is_the_recurrence(length: int) -> None:
 
 
 def test_without_a_final_state() -> None:
-    x, decay, output, state = make(130)
-    want, _ = diagonal_state_space_reference(x, decay, output, state)
-    got, nothing = diagonal_state_space(x, decay, output, state, final_state=False)
+    x, decay, output, skip, state = make(130)
+    want, _ = diagonal_state_space_reference(x, decay, output, skip, state)
+    got, nothing = diagonal_state_space(x, decay, output, skip, state, final_state=False)
     torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
     assert nothing is None
 
@@ -45,20 +46,19 @@ def test_gradients_are_the_recurrences() -> None:
 
 
 def test_steps_are_the_recurrence() -> None:
-    x, decay, output, state = make(20)
-    want, after = diagonal_state_space_reference(x, decay, output, state)
+    x, decay, output, skip, state = make(20)
+    want, after = diagonal_state_space_reference(x, decay, output, skip, state)
     for t in range(20):
-        got = diagonal_state_space_step(x[:, t], decay, output, state)
+        got = diagonal_state_space_step(x[:, t], decay, output, skip, state)
         torch.testing.assert_close(got, want[:, t])
     torch.testing.assert_close(state, after)
 
 
 def test_float32_over_a_slow_decay() -> None:
     """A thousand tokens at modulus 0.9995, the slowest that H3 begins with."""
-    x, decay, output, state = make(1000)
+    x, decay, output, skip, state = make(1000)
     decay = decay / decay.abs() * 0.9995
-    want, _ = diagonal_state_space_reference(x, decay, output, state)
-    got, _ = diagonal_state_space(
-        x.float(), decay.to(torch.complex64), output.to(torch.complex64), state.float()
-    )
+    want, _ = diagonal_state_space_reference(x, decay, output, skip, state)
+    system = decay.to(torch.complex64), output.to(torch.complex64), skip.float()
+    got, _ = diagonal_state_space(x.float(), *system, state.float())
     assert (got.double() - want).norm() / want.norm() < 2e-5

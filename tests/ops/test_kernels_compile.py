@@ -12,6 +12,7 @@ GROUPS = (
     *(
         "around",
         "decode",
+        "gated-norm",
         "recurrence",
         "rows",
         "window",

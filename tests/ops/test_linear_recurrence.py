@@ -80,7 +80,8 @@ def test_outputs_state_and_gradients(op: Callable, make: Callable, T: int, K: in
     torch.manual_seed(T)
     exact = [x.requires_grad_() for x in make(T, K, V)]
     mine = [x.detach().float().to(DEVICE).requires_grad_() for x in exact]
-    assert_close(with_gradients(op, mine), with_gradients(op, exact), 1e-5)
+    # A GPU has three TF32 products for one of float32.
+    assert_close(with_gradients(op, mine), with_gradients(op, exact), 2e-5)
 
 
 @every_case
@@ -126,13 +127,23 @@ def test_a_long_sequence_with_strong_and_weak_decays() -> None:
     assert_close(with_gradients(op, mine), with_gradients(op, exact), 1e-5)
 
 
+@pytest.mark.parametrize("alike", [0.0, 0.9])
+def test_a_delta_rule_over_several_chunks_of_keys_that_are_alike(alike: float) -> None:
+    torch.manual_seed(0)
+    q, k, v, beta, g, state = delta(70, 16, 16)
+    k = F.normalize((1 - alike) * k + alike * k[:, :1], dim=-1)
+    exact = [x.requires_grad_() for x in (q, k, v, beta / 2, g / 50, state)]
+    mine = [x.detach().float().to(DEVICE).requires_grad_() for x in exact]
+    assert_close(with_gradients(delta_rule, mine), with_gradients(delta_rule, exact), 2e-5)
+
+
 def test_a_nan_stays_in_its_row_and_column() -> None:
-    q, k, v, g, state = (x.float().to(DEVICE) for x in decayed(20, 16, 16, 1))
-    v[0, 17, 0, 3] = float("nan")
+    q, k, v, g, state = (x.float().to(DEVICE) for x in decayed(70, 16, 16, 1))
+    v[0, 66, 0, 3] = float("nan")
     out, last = decayed_linear_attention(q, k, v, g, state)
-    # Within a chunk of 16 tokens products mix what their weights then keep apart.
-    assert out[0, :16].isfinite().all()
-    assert out[0, 17:, 0, 3].isnan().all()
+    # Within a chunk products mix what their weights then keep apart.
+    assert out[0, :64].isfinite().all()
+    assert out[0, 66:, 0, 3].isnan().all()
     assert last[0, 0, :, 3].isnan().all()
     assert out[1].isfinite().all()
     assert out[0, :, 1].isfinite().all()

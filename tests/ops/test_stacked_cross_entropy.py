@@ -62,4 +62,4 @@ def test_the_kernel_is_the_gradient(vocabulary: int) -> None:
     mine = logits.clone().to(DEVICE)
     losses = softmax_gradient_kernel_(mine, answers.to(DEVICE), 0.2)
     torch.testing.assert_close(losses.cpu(), softmax_gradient_(logits, answers, 0.2))
-    torch.testing.assert_close(mine.cpu(), logits, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(mine.cpu(), logits, rtol=1e-5, atol=3e-7)

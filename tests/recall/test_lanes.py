@@ -53,7 +53,7 @@ def test_lanes_are_the_models_alone(architecture: str) -> None:
 
 @pytest.mark.parametrize(
     "architecture",
-    ["based", "gla", "gated_delta_net", "rwkv7", "hyena"],
+    ["based", "gla", "gated_delta_net", "mamba2", "rwkv7", "hyena", "h3"],
 )
 def test_kernels_in_lanes_are_pytorchs(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Hidden states and gradients of float32 kernels, interpreted, and of PyTorch's float64."""

@@ -12,6 +12,7 @@ from based.mixers.state import State
 from based.ops.diagonal_state_space import diagonal_state_space, diagonal_state_space_step
 from based.ops.gated_short_convolution import next_past
 from based.ops.long_convolution import long_convolution
+from based.ops.outer_product import outer_product, vector_matrix_product
 from based.ops.precision import state_dtype
 
 
@@ -58,48 +59,43 @@ class H3(Mixer):
         self, x: Float[Tensor, "B T C"], state: State | None = None
     ) -> tuple[Float[Tensor, "B T C"], State | None]:
         q, k, v = self.qkv_proj(x).chunk(3, dim=-1)
-        past = k[:, :0] if state is None else state["keys"]
         taps = self.shift_weight.to(state_dtype(x.dtype))
-        window = torch.cat([past.to(taps.dtype), k.to(taps.dtype)], dim=1)
-        shifted = long_convolution(window, taps)[:, past.shape[1] :]
-        memory = None if state is None else state["memory"].flatten(2, 3)
-        products = self._outer(shifted, v)
+        window, memory = k.to(taps.dtype), None
+        if state is not None:
+            window = torch.cat([state["keys"].to(taps.dtype), window], dim=1)
+            memory = state["memory"].flatten(2, 3)
+        shifted = long_convolution(window, taps)[:, window.shape[1] - k.shape[1] :]
+        products = outer_product(shifted, v.to(shifted.dtype), self.num_heads).flatten(-2)
         system = self._system(taps.dtype)
         y, memory = diagonal_state_space(products, *system, memory, state is not None)
-        out = self._read(q, y, products)
-        if memory is None:
+        out = self._read(q, y)
+        if state is None or memory is None:
             return out, None
         memory = memory.unflatten(2, (self.head_dim, self.head_dim))
-        return out, State(keys=next_past(k, past), memory=memory)
+        return out, State(keys=next_past(k, state["keys"]), memory=memory)
 
     def step(self, x: Float[Tensor, "B C"], state: State) -> Float[Tensor, "B C"]:
         q, k, v = self.qkv_proj(x).chunk(3, dim=-1)
         taps, memory = self.shift_weight.to(state_dtype(x.dtype)), state["memory"]
         window = torch.cat([state["keys"], k[:, None].to(state["keys"].dtype)], dim=1)
-        products = self._outer((window * taps.flip(0)).sum(1), v)
+        shifted = (window * taps.flip(0)).sum(1, keepdim=True)
+        products = outer_product(shifted, v[:, None].to(shifted.dtype), self.num_heads).flatten(-2)
         y = diagonal_state_space_step(
-            products,
+            products[:, 0],
             *self._system(taps.dtype),
             memory.view(*memory.shape[:2], -1, *memory.shape[4:]),
         )
         state["keys"].copy_(window[:, 1:])
-        return self._read(q, y, products)
+        return self._read(q[:, None], y[:, None])[:, 0]
 
-    def _outer(self, k: Float[Tensor, "... C"], v: Float[Tensor, "... C"]) -> Tensor:
-        """k v^T of every head, flat: `[..., heads, head_dim * head_dim]`."""
-        k, v = (x.unflatten(-1, (self.num_heads, self.head_dim)) for x in (k, v.to(k.dtype)))
-        return (k[..., :, None] * v[..., None, :]).flatten(-2)
-
-    def _read(self, q: Tensor, y: Tensor, products: Tensor) -> Tensor:
-        y = y + self.skip.to(y.dtype)[:, None] * products
+    def _read(self, q: Float[Tensor, "B T C"], y: Float[Tensor, "B T H E"]) -> Tensor:
         y = y.unflatten(-1, (self.head_dim, self.head_dim))
-        q = q.unflatten(-1, (self.num_heads, self.head_dim))
-        out = (q.to(y.dtype)[..., None] * y).sum(-2)
-        return self.out_proj(out.flatten(-2).to(q.dtype))
+        return self.out_proj(vector_matrix_product(q.to(y.dtype), y).to(q.dtype))
 
-    def _system(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Decay and output weights of every head, complex; the input gain is in the latter."""
+    def _system(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """Decay and output weights of every head, complex, the input gain in the latter; skip."""
         A = torch.complex(-self.A_log.to(dtype).exp(), self.A_imag.to(dtype))
         dt = self.log_dt.to(dtype).exp()[:, None]
         implicit = 1 / (1 - dt * A / 2)
-        return (1 + dt * A / 2) * implicit, torch.view_as_complex(self.C.to(dtype)) * dt * implicit
+        output = torch.view_as_complex(self.C.to(dtype)) * dt * implicit
+        return (1 + dt * A / 2) * implicit, output, self.skip.to(dtype)

@@ -15,6 +15,7 @@ from based.mixers.paging import append, grow, paged
 from based.mixers.state import State
 from based.ops.gated_short_convolution import next_past
 from based.ops.long_convolution import long_convolution
+from based.ops.outer_product import outer_product, vector_matrix_product
 from based.ops.precision import state_dtype, without_autocast
 from based.ops.short_convolution import activated_convolution
 
@@ -64,7 +65,7 @@ class Hyena(Mixer):
         if state is None:
             products, gate = self._gates(inputs, None)
             y = long_convolution(products, self._taps(T))
-            return self._out(y, products, gate), None
+            return self._out(y, gate), None
         products, gate = self._gates(inputs, state["inputs"])
         seen = state["length"]
         longest = int(seen.max()) if seen.numel() else 0
@@ -75,22 +76,22 @@ class Hyena(Mixer):
         # Rows of different lengths stand at different tokens.
         token = seen[:, None] + torch.arange(T, device=x.device)
         y = y.gather(1, token[..., None].expand_as(products))
-        return self._out(y, products, gate), after
+        return self._out(y, gate), after
 
     def step(self, x: Float[Tensor, "B C"], state: State) -> Float[Tensor, "B C"]:
         inputs, seen = self.in_proj(x)[:, None], state["length"]
-        products, gate = (y[:, 0] for y in self._gates(inputs, state["inputs"]))
+        products, gate = self._gates(inputs, state["inputs"])
         end = int(seen.max()) + 1
         taps = self._taps(end)
         if end > state["products"].shape[1]:
             state.update(grow(state, ["products"], end))
         state["inputs"].copy_(next_past(inputs, state["inputs"]))
-        state["products"][torch.arange(x.shape[0], device=x.device), seen] = products
+        state["products"][torch.arange(x.shape[0], device=x.device), seen] = products[:, 0]
         lag = seen[:, None] - torch.arange(end, device=x.device)
         weighted = taps[lag.clamp(min=0)] * state["products"][:, :end]
         y = weighted.masked_fill(lag[..., None] < 0, 0).sum(1)
         seen += 1
-        return self._out(y.to(products.dtype), products, gate)
+        return self._out(y.to(products.dtype)[:, None], gate)[:, 0]
 
     def join_states(self, states: Sequence[State]) -> State:
         capacity = max(state["products"].shape[1] for state in states)
@@ -101,18 +102,21 @@ class Hyena(Mixer):
         taps = self.conv_weight, self.conv_bias
         convolved = activated_convolution(inputs, *taps, past=past, silu=False)
         before, behind, value = convolved.chunk(3, dim=-1)
-        return value * before, behind
+        # A product channel by channel, in the layout of what multiplies a channel's tokens.
+        return outer_product(value, before, self.hidden_size).flatten(-3), behind
 
-    def _out(self, y: Tensor, products: Tensor, gate: Tensor) -> Tensor:
-        return self.out_proj((y + self.skip.to(y.dtype) * products) * gate)
+    def _out(self, y: Float[Tensor, "B T C"], gate: Float[Tensor, "B T C"]) -> Tensor:
+        return self.out_proj(vector_matrix_product(gate, y[..., None, None]))
 
     def _taps(self, length: int) -> Float[Tensor, "T C"]:
+        """The filter, the skip connection part of lag 0."""
         if length > self.max_length:
             raise BasedError(
                 f"a sequence of {length} tokens is longer than hyena's max_length "
                 f"{self.max_length}; raise max_length"
             )
-        return self.filter(torch.arange(length, device=self.skip.device))
+        taps = self.filter(torch.arange(length, device=self.skip.device))
+        return torch.cat([taps[:1] + self.skip.to(taps.dtype), taps[1:]])
 
 
 class SineFilter(nn.Module):

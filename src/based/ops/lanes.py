@@ -35,6 +35,22 @@ def lanes_as_rows(op: Callable[P, R]) -> Callable[P, R]:
     return wrapped
 
 
+def lanes_together(op: Callable[P, Tensor]) -> Callable[P, Tensor]:
+    """Gives every tensor of `op` a first axis of lanes, of one lane outside vmap.
+
+    For ops whose layout in memory depends on the lanes.
+    """
+
+    @wraps(op)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+        if in_lanes():
+            return _Together.apply(lambda *lanes: op(*lanes, **kwargs), *args)
+        one = (x[None] if isinstance(x, Tensor) else x for x in args)
+        return op(*one, **kwargs)[0]  # pyright: ignore[reportCallIssue]
+
+    return wrapped
+
+
 def lanes_first(x: Tensor, dim: int | None, lanes: int) -> Tensor:
     """x of every lane, in a vmap rule that finds its lanes on axis `dim` (None: shared by all)."""
     return x.expand(lanes, *x.shape) if dim is None else x.movedim(dim, 0)
@@ -66,3 +82,13 @@ class _Fold(torch.autograd.Function):
         if isinstance(out, Tensor):
             return out.unflatten(0, (lanes, -1)), 0
         return tuple(x.unflatten(0, (lanes, -1)) for x in out), (0,) * len(out)
+
+
+class _Together(_Fold):
+    """As `_Fold`, with the lanes on an axis of their own."""
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], op: Callable[..., Any], *args: Any) -> Any:
+        lanes = info.batch_size
+        pairs = zip(args, in_dims[1:], strict=True)
+        return op(*(lanes_first(x, d, lanes) if isinstance(x, Tensor) else x for x, d in pairs)), 0

@@ -26,11 +26,18 @@ class _Tables(NamedTuple):
     powers: Float[Tensor, "L1 H S 2"]
 
 
-def _tables(decay: Complex[Tensor, "H S"], output: Complex[Tensor, "H S"], L: int) -> _Tables:
+def _tables(
+    decay: Complex[Tensor, "H S"],
+    output: Complex[Tensor, "H S"],
+    skip: Float[Tensor, " H"],
+    L: int,
+) -> _Tables:
     exponent = torch.arange(L + 1, device=decay.device)
     powers = (exponent[:, None, None] * decay.log()).exp()
     read = 2 * output * powers
-    response = toeplitz(read[:L].sum(-1).real.T)
+    lags = read[:L].sum(-1).real.T
+    # At lag 0 the skip connection costs no pass over the inputs.
+    response = toeplitz(torch.cat([lags[:, :1] + skip[:, None], lags[:, 1:]], dim=1))
     # Re(a b) is the dot product of conj(a) and b as vectors of two real numbers.
     return _Tables(
         response,
@@ -44,6 +51,7 @@ def diagonal_state_space(
     x: Float[Tensor, "B T H E"],
     decay: Complex[Tensor, "H S"],
     output: Complex[Tensor, "H S"],
+    skip: Float[Tensor, " H"],
     state: Float[Tensor, "B H E S 2"] | None = None,
     final_state: bool = True,
 ) -> tuple[Float[Tensor, "B T H E"], Float[Tensor, "B H E S 2"] | None]:
@@ -58,11 +66,13 @@ def diagonal_state_space(
             state = x.new_zeros(B, H, E, decay.shape[1], 2)
         return x, state if final_state else None
     chunk = min(GPU_CHUNK if x.is_cuda and B * E >= GPU_CHUNK else CHUNK, T)
-    tables, outs = _tables(decay, output, chunk), []
-    pieces = x.split(chunk, dim=1)
+    tables, outs = _tables(decay, output, skip, chunk), []
+    # The gradient of a split is a copy, even of one piece.
+    pieces = x.split(chunk, dim=1) if chunk < T else (x,)
     for number, piece in enumerate(pieces, 1):
         L = piece.shape[1]
-        out = torch.einsum("htj,bjhe->bthe", tables.response[:, :L, :L], piece)
+        # In this order the product has its tokens last in memory, as inputs best have.
+        out = torch.einsum("bjhe,htj->bthe", piece, tables.response[:, :L, :L])
         if state is not None:
             out = out + torch.einsum("htsc,bhesc->bthe", tables.read[:, :L], state)
         outs.append(out)

@@ -22,6 +22,9 @@ def toeplitz(response: Float[Tensor, "C T"]) -> Float[Tensor, "C T T"]:
 def convolve_by_products(
     x: Float[Tensor, "B T C"], taps: Float[Tensor, "L C"]
 ) -> Float[Tensor, "B T C"]:
-    """As `reference.py` defines it, for L <= T, in the dtype of both."""
+    """As `reference.py` defines it, for L <= T, in the dtype of both.
+
+    Without a copy from and to tokens last in memory.
+    """
     matrix = toeplitz(F.pad(taps.T, (0, x.shape[1] - taps.shape[0])))
-    return torch.einsum("cts,bsc->btc", matrix, x).contiguous()
+    return torch.einsum("bsc,cts->btc", x, matrix)

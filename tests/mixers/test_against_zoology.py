@@ -103,6 +103,7 @@ def test_hyena() -> None:
         "conv_weight": theirs["short_filter.weight"][:, 0],
         "conv_bias": theirs["short_filter.bias"],
         "skip": theirs["filter_fn.bias"],
+        "positions": theirs["filter_fn.pos_emb.z"][0],
         "filter.frequency": theirs[layers + "1.freq"][0],
         "filter.out_weight": theirs[layers + "6.weight"],
     }
@@ -110,8 +111,10 @@ def test_hyena() -> None:
         weights[f"filter.weights.{ours}"] = theirs[f"{layers}{name}.weight"]
         weights[f"filter.biases.{ours}"] = theirs[f"{layers}{name}.bias"]
     mixer = build_mixer("hyena", SIZE, max_length=21, filter_size=6)
-    # Their position table was drawn in float32.
+    # Theirs counts time in float32.
     assert_outputs_agree(mixer.double(), weights, "hyena", 1e-6)
+    drawn = build_mixer("hyena", SIZE, max_length=21, filter_size=6).positions
+    torch.testing.assert_close(drawn.double(), weights["positions"])
 
 
 def test_h3() -> None:

@@ -6,7 +6,7 @@ from math import log, pi
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from based.errors import BasedError
@@ -32,6 +32,7 @@ class Hyena(Mixer):
     """
 
     fixed_state: ClassVar[bool] = False
+    undecayed: ClassVar[tuple[str, ...]] = ("positions",)
 
     def __init__(
         self,
@@ -47,7 +48,8 @@ class Hyena(Mixer):
         self.in_proj = nn.Linear(hidden_size, 3 * hidden_size)
         self.conv_weight = _uniform(3 * hidden_size, kernel_size)
         self.conv_bias = _uniform(3 * hidden_size, fan_in=kernel_size)
-        self.filter = SineFilter(hidden_size, max_length, filter_size, num_bands)
+        self.positions = nn.Parameter(position_features(max_length, num_bands))
+        self.filter = SineFilter(hidden_size, self.positions.shape[1], filter_size)
         self.skip = nn.Parameter(torch.randn(hidden_size))
         self.out_proj = nn.Linear(hidden_size, hidden_size)
 
@@ -115,42 +117,46 @@ class Hyena(Mixer):
                 f"a sequence of {length} tokens is longer than hyena's max_length "
                 f"{self.max_length}; raise max_length"
             )
-        taps = self.filter(torch.arange(length, device=self.skip.device))
+        taps = self.filter(self.positions[:length], self.max_length)
         return torch.cat([taps[:1] + self.skip.to(taps.dtype), taps[1:]])
 
 
 class SineFilter(nn.Module):
     """h_t = W sin(f sin(f sin(f z_t))) * exp(-rate t), affine maps before each sine.
 
-    z_t is the token's position in [0, 1] and `num_bands` complex exponentials of it,
-    both relative to max_length; the frequencies f are learned, one a unit.
+    z_t are a token's features, from which the frequencies f, one a unit, are learned too.
     """
 
-    def __init__(self, channels: int, max_length: int, width: int, num_bands: int) -> None:
+    def __init__(self, channels: int, num_features: int, width: int) -> None:
         super().__init__()
-        at_least_one(max_length=max_length, filter_size=width, num_bands=num_bands)
-        self.max_length, self.num_bands = max_length, num_bands
-        sizes = list(pairwise([1 + 2 * num_bands, width, width, width]))
+        at_least_one(filter_size=width)
+        sizes = list(pairwise([num_features, width, width, width]))
         self.weights = nn.ParameterList(_uniform(after, before) for before, after in sizes)
         self.biases = nn.ParameterList(_uniform(after, fan_in=before) for before, after in sizes)
         self.frequency = nn.Parameter(torch.ones(width))
         self.out_weight = _uniform(channels, width)
 
     @without_autocast
-    def forward(self, lag: Int[Tensor, " T"]) -> Float[Tensor, "T C"]:
-        """The taps of the given lags, in float32 (float64 with float64 weights)."""
+    def forward(self, features: Float[Tensor, "T F"], max_length: int) -> Float[Tensor, "T C"]:
+        """The first T taps, in float32 (float64 with float64 weights)."""
         wide = state_dtype(self.out_weight.dtype)
-        token = lag[:, None].to(wide)
-        position = token / max(self.max_length - 1, 1)
-        like = {"device": lag.device, "dtype": wide}
-        bands = torch.linspace(1e-4, self.num_bands - 1, self.num_bands, **like)
-        angle = 2 * pi / self.max_length * token * bands
-        z = torch.cat([position, angle.cos(), -angle.sin()], dim=-1)
+        z = features.to(wide)
         for weight, bias in zip(self.weights, self.biases, strict=True):
             z = (self.frequency.to(wide) * (z @ weight.to(wide).T + bias.to(wide))).sin()
+        like = {"device": z.device, "dtype": wide}
+        time = torch.arange(len(z), **like)[:, None] / max(max_length - 1, 1)
         channels = self.out_weight.shape[0]
         rate = torch.linspace(log(100) / SLOWEST, log(100) / FASTEST, channels, **like)
-        return z @ self.out_weight.to(wide).T * (-position * rate).exp()
+        return z @ self.out_weight.to(wide).T * (-time * rate).exp()
+
+
+def position_features(max_length: int, num_bands: int) -> Float[Tensor, "T F"]:
+    """Where Hyena's learned features of a position begin: time in [0, 1] and complex exponentials."""
+    at_least_one(max_length=max_length, num_bands=num_bands)
+    token = torch.arange(max_length)[:, None]
+    bands = torch.linspace(1e-4, num_bands - 1, num_bands)
+    angle = 2 * pi / max_length * token * bands
+    return torch.cat([token / max(max_length - 1, 1), angle.cos(), -angle.sin()], dim=-1)
 
 
 def _uniform(*shape: int, fan_in: int | None = None) -> nn.Parameter:

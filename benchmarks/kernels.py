@@ -1,12 +1,12 @@
-"""Kernels on one GPU, with their peers: attention of all kinds and what stands around it.
+"""Kernels on one GPU, with their peers: attention, recurrences and what stands around them.
 
     python -m benchmarks.kernels
     python -m benchmarks.kernels gated_short_convolution rotary
 
-Times are medians of replayed CUDA graphs (`timing.py`), in bfloat16, normaliser and final
-state included for ours. Each is a row of results/kernels.jsonl as soon as it is made; a row
-that this device has at this commit is not measured again. Softmax attention
-(FlashAttention-2 and cuDNN, through torch) has the same batch, heads, tokens and head_dim;
+Times are medians of replayed CUDA graphs (`timing.py`), in bfloat16 (`recurrences.py` in float32
+too), normaliser and final state included for ours. Each is a row of results/kernels.jsonl as
+soon as it is made; a row that this device has at this commit is not measured again. Softmax
+attention (FlashAttention-2, cuDNN, through torch) has the same batch, heads, tokens and head_dim;
 flash-linear-attention's Based kernels run if `fla` is installed, and ThunderKittens' (the
 numerator alone, launch by launch) with `--thunderkittens CHECKOUT`. The floor is the larger of
 two times: all inputs, outputs and gradients moved once at this GPU's copy rate, and the
@@ -33,7 +33,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from based.ops.sliding_window_attention import blocked, sliding_window_attention
 from based.ops.taylor_linear_attention import num_features, taylor_linear_attention
-from benchmarks import pointwise, thunderkittens
+from benchmarks import pointwise, recurrences, thunderkittens
 from benchmarks.rows import RESULTS, add_row, device_name, has_row, read_rows
 from benchmarks.timing import Case, Cells, Function, Rates, compiled, draw, rates, rows_of
 
@@ -173,6 +173,7 @@ OPS: dict[str, Callable[[Rates], Cells]] = {
     "taylor_linear_attention": taylor,
     "sliding_window_attention": windows,
     **pointwise.OPS,
+    **recurrences.OPS,
 }
 
 

@@ -49,8 +49,10 @@ STAGES = {
             "kernels taylor_linear_attention",
             "kernels sliding_window_attention",
             "kernels gated_short_convolution add_rms_norm swiglu rotary linear_cross_entropy",
+            "kernels decayed_linear_attention selective_scan gated_norm activated_convolution",
+            "kernels delta_rule gated_delta_rule generalized_delta_rule",
         ),
-        3,
+        5,
     ),
     "prefill": Stage(_a_model("prefill", SIZES), 6),
     "generation": Stage(

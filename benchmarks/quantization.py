@@ -60,7 +60,7 @@ def measured(options: Options, precision: Precision | None) -> Perplexity:
     windows = Windows(TokenDataset(options.data, "validation"), options.length)
     model = load_model(model_folder(options.model), pick_device(options.device))
     if precision is not None:
-        quantize_weights(model, precision)
+        quantize_weights(model.blocks, precision)
     return evaluate(model, windows, max_windows=options.max_windows)
 
 

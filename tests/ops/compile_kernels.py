@@ -28,6 +28,8 @@ TYPES = {
     torch.float16: "fp16",
     torch.int64: "i64",
     torch.int32: "i32",
+    torch.int8: "i8",
+    torch.float8_e4m3fn: "fp8e4nv",
 }
 BF16, F32 = torch.bfloat16, torch.float32
 launches: list[tuple[JITFunction, tuple, dict[str, Any]]] = []
@@ -155,6 +157,14 @@ def recurrence(K: int, dtype: torch.dtype, decays: int, low_rank: bool, products
     operator._backward._init_fn(*given, marks, out, last)
 
 
+class EightBits:
+    """As torchao's quantised weights look to a kernel."""
+
+    def __init__(self, outputs: int, channels: int, kind: torch.dtype) -> None:
+        self.qdata, self.scale = empty(outputs, channels, dtype=kind), empty(outputs, 1, dtype=F32)
+        self.shape, self.dtype = self.qdata.shape, BF16
+
+
 def decode() -> None:
     from based.ops.few_rows_linear import decode, tiles
     from based.ops.gated_short_convolution.decode import convolution_step_kernel
@@ -193,6 +203,12 @@ def decode() -> None:
         decode.linear_kernel(*norm, weights=[empty(n, 1792) for n in (256, 256, 1792)])
         counter = empty(rows, dtype=torch.int64)
         decode.linear_kernel(empty(rows, 3584), weights=[empty(1792, 3584)], counter=counter)
+    for kind in (torch.int8, *((torch.float8_e4m3fn,) if CAPABILITY >= 89 else ())):
+        fc1, out_proj = EightBits(7168, 1792, kind), EightBits(1792, 3584, kind)
+        decode.linear_kernel(*norm, weights=[fc1], swiglu=True)
+        decode.linear_kernel(*norm, weights=[EightBits(n, 1792, kind) for n in (256, 256, 1792)])
+        decode.linear_kernel(empty(4, 3584), weights=[out_proj])
+        decode.linear_kernel(empty(1, 3584), weights=[out_proj])
     for rows in (5, 128):
         counter, division = empty(rows, dtype=torch.int64), tiles.divide(1792, 3584)
         assert division is not None

@@ -6,6 +6,7 @@ from test_decode_kernels import DEVICE, TOLERANCE, close, draw
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from based.generation.quantization import decode_step, quantize_weights
 from based.models import Decoder, DecoderConfig, DecoderState
 from based.ops import few_rows_linear
 from based.ops.elementwise import Residual, add_rms_norm
@@ -89,6 +90,35 @@ def test_weights_larger_than_a_program_s_registers(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(decode, "PLAIN", (8, 4))
     layer, x = nn.Linear(48, 5, bias=False).to(DEVICE), draw(2, 48)
     close(few_rows_linear.linear(x, layer), F.linear(x.double(), layer.weight.double()), 2e-6)
+
+
+def eight_bits(*shape: int, precision: str, bias: bool = False) -> tuple[nn.Linear, Tensor]:
+    """A quantised layer, and the weight that it stands for."""
+    layer = nn.Linear(shape[1], shape[0], bias=bias).to(DEVICE, torch.bfloat16)
+    quantize_weights(nn.ModuleList([layer]), precision)
+    assert few_rows_linear.readable(layer)
+    return layer, layer.weight.qdata.double() * layer.weight.scale.double()
+
+
+@pytest.mark.parametrize("precision", ["int8", "float8"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_eight_bit_weights(rows: int, precision: str) -> None:
+    given = residual(rows, 96, torch.bfloat16)
+    layers, weights = zip(
+        *(eight_bits(n, 96, precision=precision) for n in (16, 8, 33)), strict=True
+    )
+    _, normed = exact(given)
+    for got, weight in zip(few_rows_linear.norm_linears(given, layers)[1], weights, strict=True):
+        close(got, F.linear(normed, weight), TOLERANCE[torch.bfloat16])
+    layer, weight = eight_bits(2 * 37, 96, precision=precision, bias=True)
+    value, gate = F.linear(normed, weight, layer.bias.double()).chunk(2, dim=-1)
+    got = few_rows_linear.norm_linear_swiglu(given, layer)[1]
+    close(got, value * F.silu(gate), TOLERANCE[torch.bfloat16])
+    x = draw(rows, 96, dtype=torch.bfloat16)
+    want = F.linear(x.double(), weight, layer.bias.double())
+    close(few_rows_linear.linear(x, layer), want, TOLERANCE[torch.bfloat16])
+    plain = nn.Linear(96, 16, bias=False).to(DEVICE, torch.bfloat16)
+    assert not few_rows_linear.fuses(given, plain, layers[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -235,6 +265,29 @@ def test_a_step_of_few_rows_is_the_step_of_many(recent: int, monkeypatch) -> Non
         close(got[1], got[2], 1e-5)
         for other in (states[1], states[2]):
             same(states[0], other)
+
+
+@pytest.mark.parametrize("precision", ["int8", "float8"])
+def test_a_step_with_eight_bit_weights(precision: str, monkeypatch) -> None:
+    """Few rows by our kernels, uncompiled, against float64 with the weights that they stand for."""
+
+    def never(*_: object) -> None:
+        raise AssertionError("compiled code ran")
+
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: never)
+    given, wide = model(), model().double()
+    step = decode_step(given, precision)
+    wide.load_state_dict({name: dequantised(x) for name, x in given.state_dict().items()})
+    states = given.init_state(2, 8), wide.init_state(2, 8)
+    for token in range(3):
+        tokens = torch.tensor([token, 7 * token + 1], device=DEVICE)
+        close(step(tokens, states[0]), wide.step(tokens, states[1]), 1e-5)
+    with pytest.raises(AssertionError, match="compiled code ran"):
+        step(torch.zeros(5, dtype=torch.long, device=DEVICE), given.init_state(5, 8))
+
+
+def dequantised(x: Tensor) -> Tensor:
+    return x.qdata.double() * x.scale.double() if hasattr(x, "qdata") else x.double()
 
 
 def same(got: DecoderState, want: DecoderState) -> None:

@@ -151,7 +151,7 @@ class SineFilter(nn.Module):
 
 
 def position_features(max_length: int, num_bands: int) -> Float[Tensor, "T F"]:
-    """Where Hyena's learned features of a position begin: time in [0, 1] and complex exponentials."""
+    """Where learned features of positions begin: time in [0, 1] and complex exponentials."""
     at_least_one(max_length=max_length, num_bands=num_bands)
     token = torch.arange(max_length)[:, None]
     bands = torch.linspace(1e-4, num_bands - 1, num_bands)

@@ -131,6 +131,7 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(Block(config, mixer) for mixer in config.mixers)
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self._step_block: Callable[..., tuple[Tensor, Tensor]] = Block.step
+        self._compiled_above = 0
         self.init_weights()
 
     @torch.no_grad()
@@ -168,14 +169,14 @@ class Decoder(nn.Module):
         for block in self.blocks:
             block.compile(dynamic=False)
 
-    def compile_steps(self) -> None:
-        """From now on a block's `step` runs compiled: once for each kind and all batch sizes.
+    def compile_steps(self, above: int = 0) -> None:
+        """From now on a block's `step` of more rows than that runs compiled: once for each kind.
 
         For weights that must be unpacked inside of the kernels of their products; others
         have kernels of their own, which this would take apart.
         """
         self._allow_recompiling()
-        self._step_block = torch.compile(Block.step, dynamic=True)
+        self._step_block, self._compiled_above = torch.compile(Block.step, dynamic=True), above
 
     def _allow_recompiling(self) -> None:
         import torch._dynamo.config  # takes seconds
@@ -271,9 +272,10 @@ class Decoder(nn.Module):
 
     def _step_blocks(self, tokens: Tensor, state: DecoderState) -> Residual:
         x, branch = self._embed(tokens), None
+        step = self._step_block if len(tokens) > self._compiled_above else Block.step
         for block, layer_state in zip(self.blocks, state, strict=True):
             assert isinstance(block, Block)
-            x, branch = self._step_block(block, x, branch, layer_state)
+            x, branch = step(block, x, branch, layer_state)
         return self.norm.of(x, branch)
 
     def init_state(self, batch_size: int, length: int = 0, recent: int = 0) -> DecoderState:

@@ -1,6 +1,7 @@
 """Projections of a decode step of few rows, each with what stands around it, in one kernel."""
 
 from based.ops.few_rows_linear.projections import (
+    MOST_ROWS,
     fuses,
     linear,
     linear_convolution,
@@ -10,9 +11,11 @@ from based.ops.few_rows_linear.projections import (
     norm_linear_convolution,
     norm_linear_swiglu,
     norm_linears,
+    readable,
 )
 
 __all__ = [
+    "MOST_ROWS",
     "fuses",
     "linear",
     "linear_convolution",
@@ -22,4 +25,5 @@ __all__ = [
     "norm_linear_convolution",
     "norm_linear_swiglu",
     "norm_linears",
+    "readable",
 ]

@@ -13,6 +13,7 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from based.ops.few_rows_linear.weights import rows_of
 from based.ops.kernels import overlap
 from based.ops.overlap import wait_for_previous
 
@@ -67,6 +68,9 @@ def _linear_kernel(
     first_ptr,
     second_ptr,
     third_ptr,
+    first_scale_ptr,
+    second_scale_ptr,
+    third_scale_ptr,
     bias_ptr,
     taps_ptr,
     past_ptr,
@@ -81,6 +85,7 @@ def _linear_kernel(
     THIRD: tl.constexpr,
     ADD: tl.constexpr,
     NORM: tl.constexpr,
+    SCALED: tl.constexpr,
     BIAS: tl.constexpr,
     GATED: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -104,6 +109,12 @@ def _linear_kernel(
         w_gate = tl.load(gates, mask=present, other=0.0, eviction_policy="evict_first")
     if NORM:
         norm = tl.load(norm_ptr + lane, mask=inside, other=0.0).to(tl.float32)
+    if SCALED:
+        scales = (first_scale_ptr, second_scale_ptr, third_scale_ptr)
+        scale_ptr = weight_of(*scales, program * BLOCK_N, 1, N, SECOND, THIRD)
+        scale = tl.load(scale_ptr + n, mask=real, other=0.0)
+        if GATED:
+            gate_scale = tl.load(scale_ptr + N + n, mask=real, other=0.0)
     if BIAS:
         bias = tl.load(bias_ptr + n, mask=real, other=0.0).to(tl.float32)
         if GATED:
@@ -128,10 +139,14 @@ def _linear_kernel(
     if NORM:
         x *= (tl.rsqrt(tl.sum(x * x, axis=1) / C + eps))[:, None] * norm[None, :]
     y = _products(w, x, row, ROWS)
+    if SCALED:
+        y *= scale[:, None]
     if BIAS:
         y += bias[:, None]
     if GATED:
         gate = _products(w_gate, x, row, ROWS)
+        if SCALED:
+            gate *= gate_scale[:, None]
         if BIAS:
             gate += gate_bias[:, None]
         if WIDTH > 0:
@@ -165,18 +180,22 @@ def linear_kernel(
 ) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B N"]]:
     """x + branch, and the projections of that (normalised, if `norm` is given) in W's dtype.
 
-    All tensors are contiguous. With `swiglu`, or `taps` and `past`, the outputs are the
-    first half of W's, gated by the second.
+    All tensors are contiguous; weights are such as `rows_of` takes, all of one kind. With
+    `swiglu`, or `taps` and `past`, the outputs are the first half of W's, gated by the second.
     """
     (rows, C), gated = x.shape, swiglu or taps is not None
     N = sum(weight.shape[0] for weight in weights) // (2 if gated else 1)
-    three, second, third = side_by_side(weights, N)
+    rows_of_w = [found for weight in weights if (found := rows_of(weight)) is not None]
+    three, second, third = side_by_side([part.values for part in rows_of_w], N)
+    scales = [part.scale for part in rows_of_w if part.scale is not None]
     total = x if branch is None else torch.empty_like(x)
     out = torch.empty((rows, N), dtype=weights[0].dtype, device=x.device)
     block_c, width = triton.next_power_of_2(C), 0 if taps is None else taps.shape[1]
     plain = LONG if rows == 1 and block_c > 2048 else PLAIN
     tile, warps = plain if norm is None else NORMED
-    block_n = max(1, tile // weights[0].element_size() // block_c // (2 if gated else 1))
+    # Eight-bit numbers become float32 in registers, of which as many as of bfloat16 fit.
+    size = max(2, three[0].element_size())
+    block_n = max(1, tile // size // block_c // (2 if gated else 1))
     while second % block_n or third % block_n:
         block_n //= 2
     _linear_kernel[(triton.cdiv(N, block_n),)](
@@ -184,6 +203,7 @@ def linear_kernel(
         x if branch is None else branch,
         x if norm is None else norm,
         *three,
+        *(side_by_side(scales, N)[0] if scales else three),
         out if bias is None else bias,
         out if taps is None else taps,
         out if past is None else past,
@@ -198,6 +218,7 @@ def linear_kernel(
         THIRD=third,
         ADD=branch is not None,
         NORM=norm is not None,
+        SCALED=bool(scales),
         BIAS=bias is not None,
         GATED=gated,
         WIDTH=width,

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from based.ops.elementwise import Residual, add_rms_norm, swiglu
+from based.ops.few_rows_linear.weights import rows_of
 from based.ops.gated_short_convolution import gated_short_convolution_step
 from based.ops.kernels import use_kernels
 
@@ -21,9 +22,15 @@ MOST_ROWS, MOST_ROWS_IN_TILES = 4, 128
 def fuses(residual: Residual, *layers: nn.Module) -> bool:
     """Whether a step on these rows may read the layers' weights itself.
 
-    Layers that are not plain (quantised, or with an adapter) are called instead.
+    Layers with an adapter, or quantised as `rows_of` does not know, are called instead.
     """
-    return all(map(_plain, layers)) and _few(residual.x)
+    alike = len({type(layer.weight) for layer in layers}) <= 1
+    return _few(residual.x) and alike and all(map(readable, layers))
+
+
+def readable(layer: nn.Module) -> bool:
+    """Whether kernels of few rows know how to read the layer's weight."""
+    return type(layer) is nn.Linear and rows_of(layer.weight) is not None
 
 
 def _plain(layer: nn.Module) -> bool:
@@ -31,7 +38,7 @@ def _plain(layer: nn.Module) -> bool:
 
 
 def _few(x: Tensor) -> bool:
-    return x.shape[0] <= MOST_ROWS and use_kernels(x)
+    return use_kernels(x) and x.shape[0] <= MOST_ROWS
 
 
 def _in_tiles(x: Tensor, layer: nn.Module) -> bool:
@@ -109,16 +116,17 @@ def linear(
 
     `counter`, of tokens seen, is advanced by one in passing.
     """
-    if _plain(layer) and use_kernels(x):
+    if _few(x) and readable(layer):
         assert isinstance(layer, nn.Linear)
-        if _few(x):
-            from based.ops.few_rows_linear.decode import linear_kernel
+        from based.ops.few_rows_linear.decode import linear_kernel
 
-            return linear_kernel(x, weights=[layer.weight], bias=layer.bias, counter=counter)[1]
+        return linear_kernel(x, weights=[layer.weight], bias=layer.bias, counter=counter)[1]
+    if _in_tiles(x, layer):
+        assert isinstance(layer, nn.Linear)
         from based.ops.few_rows_linear.tiles import divide, parts_kernel
 
         division = divide(*layer.weight.shape)
-        if _in_tiles(x, layer) and division is not None:
+        if division is not None:
             return parts_kernel(x, layer.weight, layer.bias, counter, division)
     if counter is not None:
         counter += 1

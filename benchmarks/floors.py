@@ -20,6 +20,7 @@ from based.models import Decoder
 from based.ops.elementwise import Residual
 from based.ops.few_rows_linear import linear, norm_linear_swiglu
 from based.ops.few_rows_linear.projections import MOST_ROWS
+from based.ops.few_rows_linear.weights import rows_of
 from based.ops.gated_short_convolution import gated_short_convolution_step
 from based.ops.rotary import frequencies_on
 from based.ops.sliding_window_attention import attention_step
@@ -40,7 +41,7 @@ def decode_floor(
     model: Decoder, batch: int, context: int, engine: Engine, device: torch.device
 ) -> dict[str, float]:
     """Least time of a step: weights read once or multiplied, then each row's state moved."""
-    weights = sum(p.nbytes for p in model.parameters())
+    weights = sum(map(weight_bytes, model.parameters()))
     products = 2 * batch * model.num_parameters() / matmul_rate(device)
     state = sum(layer_bytes(layer, context) for layer in engine.pool.state) * batch
     seconds = max(weights / copy_rate(device), products) + state / copy_rate(device)
@@ -49,6 +50,12 @@ def decode_floor(
         "floor_state_bytes": state,
         "copy_bytes_per_second": copy_rate(device),
     }
+
+
+def weight_bytes(weight: Tensor) -> int:
+    """What a product reads of it: a quantised one's `nbytes` are those of what it stands for."""
+    found = rows_of(weight)
+    return weight.nbytes if found is None else sum(x.nbytes for x in found if x is not None)
 
 
 def layer_bytes(layer: State, context: int) -> float:

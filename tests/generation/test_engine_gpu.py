@@ -61,6 +61,17 @@ def test_fused_projections_stay_near_what_they_fuse(model, monkeypatch) -> None:
     assert got.logprobs[:count] == pytest.approx(want.logprobs[:count], abs=0.1)
 
 
+@pytest.mark.parametrize("precision", ["int8", "float8"])
+def test_eight_bit_weights_are_read_by_our_kernels(model, precision, monkeypatch) -> None:
+    """At few rows nothing is compiled, and log-probabilities are near those of whole weights."""
+    pytest.importorskip("torchao")
+    want = alone(model, prompt(9), GREEDY, config(slots=2))
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: None)
+    got = alone(model, prompt(9), GREEDY, config(slots=2, quantize=precision))
+    assert got.finish_reason == "length"
+    assert got.logprobs[0] == pytest.approx(want.logprobs[0], abs=0.1)
+
+
 def test_slots_left_open_fit_and_memory_stays_flat(model) -> None:
     settings = config(slots=None, memory_share=2e-3, step_sizes=(8,), max_length=4096)
     engine = Engine(model, settings)

@@ -10,6 +10,7 @@ from based.errors import BasedError
 from based.generation import Engine, EngineConfig
 from based.generation.quantization import quantize_weights
 from based.models import Decoder, preset
+from benchmarks.floors import weight_bytes
 
 
 def make() -> Decoder:
@@ -26,6 +27,15 @@ def test_logits_change_little(precision, most) -> None:
         got = model(tokens)[0].float()
     error = (got - want).norm() / want.norm()
     assert 0 < error < most
+
+
+def test_a_floor_counts_the_bytes_that_are_read() -> None:
+    model = make()
+    weight = model.blocks[0].mlp.fc1.weight
+    assert weight_bytes(weight) == weight.nbytes
+    quantize_weights(model.blocks, "int8")
+    eight = model.blocks[0].mlp.fc1.weight
+    assert weight_bytes(eight) == weight.numel() + 4 * weight.shape[0]
 
 
 # In a process of its own: annotations are not checked there, which torch.compile cannot follow.

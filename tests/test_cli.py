@@ -93,6 +93,15 @@ def test_generate_on_odd_prompts(saved, capsys) -> None:
     assert "the prompt has" in capsys.readouterr().err
 
 
+def test_generate_with_eight_bit_weights(saved, capsys) -> None:
+    """In a process of its own: one that is read quietly, and changes little."""
+    options = ("generate", str(saved), "--prompt", "fellow", "--temperature", "0")
+    main([*options, "--max-new-tokens", "4"])
+    want = capsys.readouterr().out
+    done = run(*options, "--max-new-tokens", "4", "--quantize", "int8")
+    assert (done.stdout, done.stderr) == (want, "")
+
+
 def test_info(saved, capsys) -> None:
     main(["info", "based-360m"])
     out = capsys.readouterr().out

@@ -48,7 +48,8 @@ torch.set_num_threads(1)
 # defers looks at its data.
 torch.compile = functools.partial(torch.compile, backend="eager", fullgraph=True)
 model = Decoder(preset("based-tiny", vocab_size=60)).bfloat16()
-engine = Engine(model, EngineConfig(slots=2, quantize="int8", recent=0))
+# Fewer are not worth compiling for.
+engine = Engine(model, EngineConfig(slots=5, quantize="int8", recent=0))
 request = engine.submit([1, 2, 3], Sampling(temperature=0.0, max_new_tokens=12))
 while engine.busy:
     engine.step()

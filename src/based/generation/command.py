@@ -3,7 +3,7 @@
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -38,6 +38,8 @@ class Generate:
     """Strings that end the text; they are not printed."""
     max_prompt_tokens: int = 1 << 20
     """Refuse a longer prompt. Memory does not depend on it; prefill time does."""
+    quantize: Literal["int8", "float8"] | None = None
+    """Read the projections in eight bits, half of the bytes; needs torchao."""
     device: str = "auto"
     """cpu, cuda, or auto: a GPU if there is one."""
 
@@ -70,7 +72,7 @@ def run(config: Generate) -> None:
             "shorten it or raise --max-prompt-tokens"
         )
     sys.stdout.write(prompt)
-    for piece in stream_text(model, tokenizer, prompt, sampling):
+    for piece in stream_text(model, tokenizer, prompt, sampling, config.quantize):
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")

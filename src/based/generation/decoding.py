@@ -8,6 +8,7 @@ from dataclasses import replace
 from based.data.tokenizer import Tokenizer
 from based.generation.config import EngineConfig
 from based.generation.engine import Engine
+from based.generation.quantization import Precision
 from based.generation.sampling import Sampling
 from based.models import Decoder
 
@@ -25,11 +26,19 @@ def stream(model: Decoder, prompt: Sequence[int], sampling: Sampling, eos_id: in
 
 
 def stream_text(
-    model: Decoder, tokenizer: Tokenizer, prompt: str, sampling: Sampling
+    model: Decoder,
+    tokenizer: Tokenizer,
+    prompt: str,
+    sampling: Sampling,
+    quantize: Precision | None = None,
 ) -> Iterator[str]:
-    """Yields the continuation of `prompt` in pieces, as soon as each is certain."""
+    """Yields the continuation of `prompt` in pieces, as soon as each is certain.
+
+    With `quantize` the model's weights are eight-bit ones from then on.
+    """
     tokens = tokenizer.encode(prompt)
-    engine = Engine(model, _config([tokens], sampling, 1), tokenizer=tokenizer)
+    config = replace(_config([tokens], sampling, 1), quantize=quantize)
+    engine = Engine(model, config, tokenizer=tokenizer)
     yield from engine.stream_text(engine.submit(tokens, sampling))
 
 

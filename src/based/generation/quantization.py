@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 from torch import Tensor, nn
@@ -10,7 +12,6 @@ from torch import Tensor, nn
 from based.errors import BasedError
 from based.models import Decoder, DecoderState
 from based.ops.few_rows_linear import MOST_ROWS, readable
-from based.ops.kernels import use_kernels
 
 Precision = Literal["int8", "float8"]
 
@@ -21,7 +22,12 @@ def quantize_weights(layers: nn.Module, precision: Precision) -> None:
     Raises `BasedError` without torchao.
     """
     try:
-        from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
+        with _quiet("torchao", "torch.utils._pytree"):
+            from torchao.quantization import (
+                Float8WeightOnlyConfig,
+                Int8WeightOnlyConfig,
+                quantize_,
+            )
     except ImportError as error:
         raise BasedError("quantised weights need torchao: pip install 'based[quantize]'") from error
     kind = {"int8": Int8WeightOnlyConfig, "float8": Float8WeightOnlyConfig}[precision]
@@ -35,12 +41,25 @@ def decode_step(
 
     The embedding, which is the head too, keeps its precision. On a GPU kernels of ours
     read the weights at few rows. More are compiled by torch: only so is a weight unpacked
-    inside of the kernel of its product.
+    inside of the kernel of its product. On a CPU few rows are not worth compiling for.
     """
     if precision is None:
         return model.step
     quantize_weights(model.blocks, precision)
     layers = [module for module in model.blocks.modules() if isinstance(module, nn.Linear)]
-    read = use_kernels(model.embedding.weight) and all(map(readable, layers))
-    model.compile_steps(above=MOST_ROWS if read else 0)
+    few = model.device.type == "cpu" or all(map(readable, layers))
+    model.compile_steps(above=MOST_ROWS if few else 0)
     return model.step
+
+
+@contextmanager
+def _quiet(*loggers: str) -> Iterator[None]:
+    """Without warnings of an import, of binary parts that are not used here."""
+    levels = {logger: logger.level for logger in map(logging.getLogger, loggers)}
+    for logger in levels:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in levels.items():
+            logger.setLevel(level)

@@ -109,7 +109,8 @@ def around() -> None:
     softmax_gradient_kernel_(empty(4, 64, 8192), empty(64, dtype=torch.int64), 1.0)
     x, state = empty(2, 512, 256, dtype=F32), empty(2, 256, 16, dtype=F32)
     sizes, b = (x, x, empty(1, 256, 16, dtype=F32)), empty(2, 512, 16, dtype=F32)
-    _, last, marks = scan._scan._init_fn(*sizes, b, b, state)
+    scan._scan._init_fn(*sizes, b, b, state, keep=False)
+    _, last, marks = scan._scan._init_fn(*sizes, b, b, state, keep=True)
     scan._scan_backward._init_fn(*sizes, b, b, marks, x, last)
     norm = empty(4, 1792, dtype=F32), empty(4, 4, 1792, dtype=F32), empty(1792), 1e-5
     add_rms_norm_kernel(*norm)

@@ -31,7 +31,11 @@ def selective_scan_kernel(
     state: Float[Tensor, "B D N"],
 ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B D N"]]:
     """Outputs and final state of rows that each have their own A; all float32."""
-    return _Scan.apply(*(tensor.contiguous() for tensor in (x, delta, A, b, c, state)))
+    given = tuple(tensor.contiguous() for tensor in (x, delta, A, b, c, state))
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
+        return _Scan.apply(*given)
+    y, last, _ = _scan(*given, keep=False)
+    return y, last
 
 
 class _Scan(torch.autograd.Function):
@@ -39,7 +43,7 @@ class _Scan(torch.autograd.Function):
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, x: Tensor, delta: Tensor, A: Tensor, b: Tensor, c: Tensor, state: Tensor
     ) -> tuple[Tensor, Tensor]:
-        y, last, marks = _scan(x, delta, A, b, c, state)
+        y, last, marks = _scan(x, delta, A, b, c, state, keep=True)
         ctx.save_for_backward(x, delta, A, b, c, marks)
         return y, last
 
@@ -57,14 +61,15 @@ class _Scan(torch.autograd.Function):
 # Operators, so that `torch.compile` takes the launches as they are.
 @torch.library.custom_op("based::selective_scan", mutates_args=())
 def _scan(
-    x: Tensor, delta: Tensor, A: Tensor, b: Tensor, c: Tensor, state: Tensor
+    x: Tensor, delta: Tensor, A: Tensor, b: Tensor, c: Tensor, state: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Outputs, final state, and the state before every chunk."""
+    """Outputs, final state, and to `keep` the state before every chunk."""
     (B, T, D), N = x.shape, A.shape[2]
-    y, last, marks = _scan_fake(x, delta, A, b, c, state)
+    y, last, marks = _scan_fake(x, delta, A, b, c, state, keep)
     _forward[_grid(B, D, N)](
         *(x, delta, A, b, c, state, y, last, marks, T, D),
         CHUNK=CHUNK,
+        KEEP=keep,
         **_sizes(N),
     )
     return y, last, marks
@@ -72,9 +77,10 @@ def _scan(
 
 @_scan.register_fake
 def _scan_fake(
-    x: Tensor, delta: Tensor, A: Tensor, b: Tensor, c: Tensor, state: Tensor
+    x: Tensor, delta: Tensor, A: Tensor, b: Tensor, c: Tensor, state: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    marks = x.new_empty(x.shape[0], -(-x.shape[1] // CHUNK), *A.shape[1:])
+    chunks = -(-x.shape[1] // CHUNK)
+    marks = x.new_empty((x.shape[0], chunks, *A.shape[1:]) if keep else 0)
     return torch.empty_like(x), torch.empty_like(state), marks
 
 
@@ -131,7 +137,8 @@ def _grid(B: int, D: int, N: int) -> tuple[int, int]:
 @triton.jit
 def _forward(
     x, delta, A, b, c, state, y, last, marks, T, D,
-    N: tl.constexpr, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    N: tl.constexpr, CHUNK: tl.constexpr, KEEP: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -144,7 +151,8 @@ def _forward(
     b, c = b + row * T * N, c + row * T * N
     chunks = tl.cdiv(T, CHUNK)
     for chunk in range(chunks):
-        tl.store(marks + (row * chunks + chunk) * D * N + cell, h, inside)
+        if KEEP:
+            tl.store(marks + (row * chunks + chunk) * D * N + cell, h, inside)
         for t in range(chunk * CHUNK, min(T, (chunk + 1) * CHUNK), 4):
             s0, d0, b0 = _drive(x, delta, b, t, channel, place, T, D, N)
             s1, d1, b1 = _drive(x, delta, b, t + 1, channel, place, T, D, N)

@@ -24,8 +24,10 @@ def fuses(residual: Residual, *layers: nn.Module) -> bool:
 
     Layers with an adapter, or quantised as `rows_of` does not know, are called instead.
     """
-    alike = len({type(layer.weight) for layer in layers}) <= 1
-    return _few(residual.x) and alike and all(map(readable, layers))
+    if not _few(residual.x) or not all(map(readable, layers)):
+        return False
+    # Plain and quantised ones are not read side by side.
+    return len({type(layer.weight) for layer in layers}) <= 1
 
 
 def readable(layer: nn.Module) -> bool:

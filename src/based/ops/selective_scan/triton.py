@@ -3,7 +3,7 @@
 A state never leaves registers but once every CHUNK tokens. The backward pass goes
 from the last chunk to the first, computes every fourth of the chunk's states anew
 into a scratch that stays in cache, and from there four at a time, over which it
-walks back. Four tokens at once, each by name: their loads wait together.
+walks back. Four tokens at once: their loads wait together.
 """
 
 from math import e, log, log2
@@ -154,16 +154,10 @@ def _forward(
         if KEEP:
             tl.store(marks + (row * chunks + chunk) * D * N + cell, h, inside)
         for t in range(chunk * CHUNK, min(T, (chunk + 1) * CHUNK), 4):
-            s0, d0, b0 = _drive(x, delta, b, t, channel, place, T, D, N)
-            s1, d1, b1 = _drive(x, delta, b, t + 1, channel, place, T, D, N)
-            s2, d2, b2 = _drive(x, delta, b, t + 2, channel, place, T, D, N)
-            s3, d3, b3 = _drive(x, delta, b, t + 3, channel, place, T, D, N)
+            steps, drives, bs = _four(x, delta, b, t, channel, place, T, D, N)
             c0, c1 = _row(c, t, place, T, N), _row(c, t + 1, place, T, N)
             c2, c3 = _row(c, t + 2, place, T, N), _row(c, t + 3, place, T, N)
-            h0 = _decay(s0, rate) * h + d0[:, None] * b0[None, :]
-            h1 = _decay(s1, rate) * h0 + d1[:, None] * b1[None, :]
-            h2 = _decay(s2, rate) * h1 + d2[:, None] * b2[None, :]
-            h = _decay(s3, rate) * h2 + d3[:, None] * b3[None, :]
+            h0, h1, h2, h = _states(h, steps, drives, bs, rate)
             _put(y, t, channel, tl.sum(h0 * c0[None, :], 1), T, D)
             _put(y, t + 1, channel, tl.sum(h1 * c1[None, :], 1), T, D)
             _put(y, t + 2, channel, tl.sum(h2 * c2[None, :], 1), T, D)
@@ -197,42 +191,29 @@ def _backward(
         for four in range(fours):
             tl.store(scratch + four * D * N + cell, h, inside)
             t = chunk * CHUNK + 4 * four
-            s0, d0, b0 = _drive(x, delta, b, t, channel, place, T, D, N)
-            s1, d1, b1 = _drive(x, delta, b, t + 1, channel, place, T, D, N)
-            s2, d2, b2 = _drive(x, delta, b, t + 2, channel, place, T, D, N)
-            s3, d3, b3 = _drive(x, delta, b, t + 3, channel, place, T, D, N)
-            h = _decay(s0, rate) * h + d0[:, None] * b0[None, :]
-            h = _decay(s1, rate) * h + d1[:, None] * b1[None, :]
-            h = _decay(s2, rate) * h + d2[:, None] * b2[None, :]
-            h = _decay(s3, rate) * h + d3[:, None] * b3[None, :]
+            steps, drives, bs = _four(x, delta, b, t, channel, place, T, D, N)
+            _, _, _, h = _states(h, steps, drives, bs, rate)
         tl.debug_barrier()
         for later in range(fours):
             four = fours - 1 - later
             t = chunk * CHUNK + 4 * four
             h = tl.load(scratch + four * D * N + cell, inside, 0.0)
-            s0, d0, b0 = _drive(x, delta, b, t, channel, place, T, D, N)
-            s1, d1, b1 = _drive(x, delta, b, t + 1, channel, place, T, D, N)
-            s2, d2, b2 = _drive(x, delta, b, t + 2, channel, place, T, D, N)
-            s3, d3, b3 = _drive(x, delta, b, t + 3, channel, place, T, D, N)
-            h0 = _decay(s0, rate) * h + d0[:, None] * b0[None, :]
-            h1 = _decay(s1, rate) * h0 + d1[:, None] * b1[None, :]
-            h2 = _decay(s2, rate) * h1 + d2[:, None] * b2[None, :]
-            h3 = _decay(s3, rate) * h2 + d3[:, None] * b3[None, :]
-            given = x, c, dy, dx, d_delta, db, dc
-            sizes = channel, place, T, D, N
-            to_h, to_rate = _back(given, t + 3, s3, d3, b3, h2, h3, rate, to_h, to_rate, sizes)
-            to_h, to_rate = _back(given, t + 2, s2, d2, b2, h1, h2, rate, to_h, to_rate, sizes)
-            to_h, to_rate = _back(given, t + 1, s1, d1, b1, h0, h1, rate, to_h, to_rate, sizes)
-            to_h, to_rate = _back(given, t, s0, d0, b0, h, h0, rate, to_h, to_rate, sizes)
+            steps, drives, bs = _four(x, delta, b, t, channel, place, T, D, N)
+            states = (h,) + _states(h, steps, drives, bs, rate)
+            given, sizes = (x, c, dy, dx, d_delta, db, dc), (channel, place, T, D, N)
+            for i in tl.static_range(3, -1, -1):
+                token = t + i, steps[i], drives[i], bs[i], states[i], states[i + 1]
+                to_h, to_rate = _back(given, token, rate, to_h, to_rate, sizes)
         tl.debug_barrier()
     tl.store(dA + row * D * N + cell, to_rate, inside)
     tl.store(d_state + row * D * N + cell, to_h, inside)
 
 
 @triton.jit
-def _back(given, t, step, drive, b_t, before, h, rate, to_h, to_rate, sizes):
+def _back(given, token, rate, to_h, to_rate, sizes):
     """Gradients of token t, whose state was `before` and is h; to_h reaches it from later ones."""
     x, c, dy, dx, d_delta, db, dc = given
+    t, step, drive, b_t, before, h = token
     channel, place, T, D, N = sizes
     dy_t, u = _row(dy, t, channel, T, D), _row(x, t, channel, T, D)
     to_h += dy_t[:, None] * _row(c, t, place, T, N)[None, :]
@@ -245,6 +226,26 @@ def _back(given, t, step, drive, b_t, before, h, rate, to_h, to_rate, sizes):
     _put(dx, t, channel, to_drive * step, T, D)
     _put(d_delta, t, channel, to_step, T, D)
     return to_h, to_rate + to_exponent * step[:, None]
+
+
+@triton.jit
+def _four(x, delta, b, t, channel, place, T, D, N):
+    """What `_drive` says of token t and the three behind it, a tuple of each."""
+    steps, drives, bs = (), (), ()
+    for i in tl.static_range(4):
+        step, drive, b_t = _drive(x, delta, b, t + i, channel, place, T, D, N)
+        steps, drives, bs = steps + (step,), drives + (drive,), bs + (b_t,)
+    return steps, drives, bs
+
+
+@triton.jit
+def _states(h, steps, drives, bs, rate):
+    """The states after each of those tokens."""
+    states = ()
+    for i in tl.static_range(4):
+        h = _decay(steps[i], rate) * h + drives[i][:, None] * bs[i][None, :]
+        states = states + (h,)
+    return states
 
 
 @triton.jit

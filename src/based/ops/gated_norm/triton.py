@@ -7,6 +7,8 @@ of tokens are constants, so that the compiler sees which widths allow loads of 1
 import triton
 import triton.language as tl
 
+from based.ops.row_norm.triton import normed
+
 
 @triton.jit
 def forward(
@@ -17,13 +19,14 @@ def forward(
     """A stretch of outputs. Grid: rows, stretches."""
     row, begin = tl.program_id(0).to(tl.int64), tl.program_id(1) * STRETCH
     channel = tl.arange(0, BLOCK_C)
+    real = (channel < C)[None, :]
     d, w = _weights(skip + row * skip_b, weight + row * weight_b, channel, C, P)
     y, u, z, out = y + row * y_b, u + row * u_b, z + row * z_b, out + row * T * C
     for first in range(begin, min(begin + STRETCH, T), BLOCK_T):
         t = first + tl.arange(0, BLOCK_T)
         gate = _tokens(z, Z_T, t, channel, T, C)
         mixed = _tokens(y, Y_T, t, channel, T, C) + d * _tokens(u, U_T, t, channel, T, C)
-        unit, _ = _normed(mixed * gate * tl.sigmoid(gate), C, eps)
+        unit, _ = normed(mixed * gate * tl.sigmoid(gate), real, C, eps, False)
         _store(out, unit * w, t, channel, T, C)
 
 
@@ -37,6 +40,7 @@ def backward(
     """A stretch's gradients of y, u and z, and its part of the others'. `forward`'s grid."""
     row, begin = tl.program_id(0).to(tl.int64), tl.program_id(1) * STRETCH
     channel = tl.arange(0, BLOCK_C)
+    real = (channel < C)[None, :]
     d, w = _weights(skip + row * skip_b, weight + row * weight_b, channel, C, P)
     y, u, z, d_out = y + row * y_b, u + row * u_b, z + row * z_b, d_out + row * T * C
     d_y, d_u, d_z = d_y + row * T * C, d_u + row * T * C, d_z + row * T * C
@@ -46,7 +50,7 @@ def backward(
         gate, skipped = _tokens(z, Z_T, t, channel, T, C), _tokens(u, U_T, t, channel, T, C)
         mixed = _tokens(y, Y_T, t, channel, T, C) + d * skipped
         share = tl.sigmoid(gate)
-        unit, scale = _normed(mixed * gate * share, C, eps)
+        unit, scale = normed(mixed * gate * share, real, C, eps, False)
         given = _tokens(d_out, C, t, channel, T, C)
         to_weight += tl.sum(given * unit, 0)
         to_unit = given * w
@@ -67,13 +71,6 @@ def _weights(skip, weight, channel, C, P):
     d = tl.load(skip + channel // P, channel < C, 0.0).to(tl.float32)
     w = tl.load(weight + channel, channel < C, 0.0).to(tl.float32)
     return d[None, :], w[None, :]
-
-
-@triton.jit
-def _normed(x, C, eps):
-    """x at a mean square of one, and what scales it."""
-    scale = tl.rsqrt(tl.sum(x * x, 1) / C + eps)[:, None]
-    return x * scale, scale
 
 
 @triton.jit

@@ -22,7 +22,7 @@ def forward(
         inside = (t[:, None] < T) & real[None, :]
         at = (row * T + t[:, None]) * C + channel[None, :]
         values = tl.load(x + at, inside, 0.0).to(tl.float32)
-        unit, _ = _normed(values, inside, C, eps, CENTRED)
+        unit, _ = normed(values, inside, C, eps, CENTRED)
         out = unit * w
         if CENTRED:
             out += b
@@ -49,7 +49,7 @@ def backward(
         at = (row * T + t[:, None]) * C + channel[None, :]
         values = tl.load(x + at, inside, 0.0).to(tl.float32)
         out = tl.load(dy + at, inside, 0.0).to(tl.float32)
-        unit, scale = _normed(values, inside, C, eps, CENTRED)
+        unit, scale = normed(values, inside, C, eps, CENTRED)
         to_weight += tl.sum(out * unit, 0)
         to_bias += tl.sum(out, 0)
         to_unit = out * w
@@ -66,7 +66,7 @@ def backward(
 
 
 @triton.jit
-def _normed(values, inside, C, eps, CENTRED: tl.constexpr):
+def normed(values, inside, C, eps, CENTRED: tl.constexpr):
     """Values of mean square one, around their mean if CENTRED, and what scales them."""
     if CENTRED:
         values = tl.where(inside, values - (tl.sum(values, 1) / C)[:, None], 0.0)

@@ -1,10 +1,10 @@
 """Outer products of heads and vector-matrix products: the kernels, in lanes too."""
 
-from collections.abc import Callable
 from functools import partial
 
 import pytest
 import torch
+from test_row_kernels import DEVICE, check, randn
 from torch import Tensor
 
 from based.ops import kernels
@@ -14,30 +14,12 @@ from based.ops.outer_product.reference import (
     vector_matrix_product_reference,
 )
 
-# Without a GPU the kernels are interpreted.
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(2, 5, 3, 2), (1, 33, 35, 1), (2, 3, 2, 4), (1, 4, 2, 5)]
 
 
 @pytest.fixture(autouse=True)
 def _with_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "INTERPRETING", DEVICE == "cpu")
-
-
-def randn(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64)
-
-
-def check(op: Callable[..., Tensor], want: Callable[..., Tensor], *inputs: Tensor) -> None:
-    """`op` in float32 is `want` in float64, gradients too."""
-    exact = [x.clone().requires_grad_() for x in inputs]
-    mine = [x.float().to(DEVICE).requires_grad_() for x in inputs]
-    y, z = op(*mine), want(*exact)
-    weight = torch.randn_like(z)
-    got = [y, *torch.autograd.grad(y, mine, weight.to(y))]
-    for one, other in zip(got, [z, *torch.autograd.grad(z, exact, weight)], strict=True):
-        assert one.shape == other.shape
-        assert (one.cpu() - other).norm() < 2e-6 * other.norm()
 
 
 @pytest.mark.parametrize(("B", "T", "H", "D"), SHAPES)

@@ -43,6 +43,7 @@ def check(op: Callable[..., Tensor], want: Callable[..., Tensor], *inputs: Tenso
     weight = torch.randn_like(z)
     got = [y, *torch.autograd.grad(y, mine, weight.to(y))]
     for one, other in zip(got, [z, *torch.autograd.grad(z, exact, weight)], strict=True):
+        assert one.shape == other.shape
         assert (one.cpu() - other).norm() < 2e-6 * other.norm()
 
 

@@ -67,7 +67,7 @@ def only(ours: bool) -> Iterator[None]:
             torch.set_float32_matmul_precision(before)
 
 
-def implementations(op: Function, peer: tuple[str, str, str] | None, size: Size) -> dict[str, Any]:
+def implementations(op: Function, peer: tuple[str, str, str] | None = None) -> dict[str, Any]:
     """The op by our kernels, by PyTorch, and by a peer (its name, module, function)."""
 
     def run(ours: bool) -> Function:
@@ -108,7 +108,7 @@ def recurrence_rows(
     moved, out, bits = sum(x.nbytes for x in inputs), inputs[2].nbytes, 8 * size.dtype.itemsize
     flops = (4.0 if run is decayed_linear_attention else 8.0) * B * T * H * K * V
     floors = rates.floor(moved + out, flops), rates.floor(3 * moved + 2 * out, 3 * flops)
-    found = implementations(run, ("fla", *peer) if bits == 16 else None, size)
+    found = implementations(run, ("fla", *peer) if bits == 16 else None)
     case = Case(B, H, T, V)
     yield from rows_of(op, case, found, inputs, floors, key_dim=K, decays=decays, bits=bits)
 
@@ -161,8 +161,8 @@ def scans(rates: Rates) -> Cells:
         moved = sum(y.nbytes for y in inputs)
         floors = rates.floor(moved + out), rates.floor(3 * moved + 2 * out)
         peer = ("mamba-ssm", "mamba_ssm.ops.selective_scan_interface", "selective_scan_fn")
-        found = implementations(selective_scan, peer, size)
-        case, bits = Case(*rows(size, D)), 8 * x.element_size()
+        found = implementations(selective_scan, peer)
+        case, bits = without_heads(size, D), 8 * x.element_size()
         yield from rows_of("selective_scan", case, found, inputs, floors, state_size=N, bits=bits)
 
 
@@ -174,9 +174,9 @@ def gated_norms(rates: Rates) -> Cells:
         sizes = (*size[:2], width), (H,), (width,)
         z, skip, weight = (draw(*shape, dtype=size.dtype) for shape in sizes)
         floors = rates.floor(4 * z.nbytes), rates.floor(11 * z.nbytes)
-        found = implementations(gated_norm, None, size)
+        found = implementations(gated_norm)
         found["torch.compile"] = compiled(gated_norm_reference)
-        inputs, case = [y, u, z, skip, weight], Case(*rows(size, width))
+        inputs, case = [y, u, z, skip, weight], without_heads(size, width)
         yield from rows_of("gated_norm", case, found, inputs, floors, bits=8 * z.element_size())
 
 
@@ -191,10 +191,10 @@ def convolutions(rates: Rates) -> Cells:
     for size, C in of_sizes(CONVOLUTION):
         x, weight, bias = (draw(*s, dtype=size.dtype) for s in ((*size[:2], C), (C, TAPS), (C,)))
         floors = rates.floor(2 * x.nbytes), rates.floor(5 * x.nbytes)
-        found = implementations(activated_convolution, None, size)
+        found = implementations(activated_convolution)
         found["torch.compile"] = compiled(eager_convolution)
         found |= {"causal-conv1d": theirs} if causal is not None else {}
-        inputs, case, bits = [x, weight, bias], Case(*rows(size, C)), 8 * x.element_size()
+        inputs, case, bits = [x, weight, bias], without_heads(size, C), 8 * x.element_size()
         op = "activated_convolution"
         yield from rows_of(op, case, found, inputs, floors, taps=TAPS, bits=bits)
 
@@ -210,9 +210,8 @@ def of_sizes(shapes: dict[Size, Any]) -> Iterator[tuple[Any, ...]]:
             yield (size, *(shape if isinstance(shape, tuple) else (shape,)))
 
 
-def rows(size: Size, channels: int) -> tuple[int, int, int, int]:
-    """As a `Case` without heads."""
-    return size.batch, 1, size.tokens, channels
+def without_heads(size: Size, channels: int) -> Case:
+    return Case(size.batch, 1, size.tokens, channels)
 
 
 OPS = {

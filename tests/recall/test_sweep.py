@@ -15,7 +15,7 @@ from based.recall import train
 from based.recall.config import Point, Recipe
 from based.recall.mqar import Task
 from based.recall.plot import draw, markdown, table
-from based.recall.results import Results, best_rows, frontier, read_rows
+from based.recall.results import Results, agreement, best_rows, frontier, read_rows
 from based.recall.sweep import Job, again_with_other_seeds, sweep, work
 from based.recall.workers import local_workers, ray_workers
 
@@ -190,6 +190,20 @@ def test_frontier_and_other_seeds() -> None:
     assert again[2][0].dials == {"feature_dim": 16}
 
 
+def test_agreement_says_what_the_other_sweeps_choice_loses() -> None:
+    def rows(*accuracies: float) -> list[dict]:
+        pairs = zip((1e-3, 1e-2), accuracies, strict=True)
+        return [
+            {"point": "a", "learning_rate": rate, "accuracy": reached, "status": "done"}
+            for rate, reached in pairs
+        ]
+
+    (found,) = agreement(rows(0.7, 0.4), rows(0.5, 0.6))
+    assert (found.row["accuracy"], found.other["accuracy"]) == (0.7, 0.6)
+    assert found.loss == pytest.approx(0.3)
+    assert agreement(rows(0.7, 0.4), [{**row, "point": "b"} for row in rows(0.1, 0.2)]) == []
+
+
 def test_the_picture_and_the_table(tmp_path: Path) -> None:
     rows = [
         row("based", 40_292, 0.91, paper_bytes=40_548),
@@ -240,6 +254,7 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     count = len({one["point"] for one in rows})
     assert shown.count("+0.000") == count
     assert f"largest difference 0.000, {count} points" in shown
+    assert "out chose loses at most 0.000 in out" in shown
     assert "| configuration |" in (Path(out) / "frontier.md").read_text()
 
 

@@ -160,6 +160,27 @@ def test_bfloat16_products_train() -> None:
     assert rounded["loss"] != exact["loss"]
 
 
+@pytest.mark.parametrize(
+    ("asked", "architecture", "taken"),
+    [
+        ("tf32", "based", "tf32"),
+        ("tf32", "mamba", "float32"),
+        ("tf32", "mamba2", "float32"),
+        ("bf16", "mamba", "bf16"),
+    ],
+)
+def test_tf32_only_where_it_changes_nothing(asked, architecture, taken) -> None:
+    before = torch.get_float32_matmul_precision()
+    try:
+        recipe = replace(RECIPE, products=asked, epochs=1)
+        row = PointTrainer(Point(architecture, 32), recipe, CPU).train()[0]
+        precision = torch.get_float32_matmul_precision()
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert row["products"] == taken
+    assert precision == ("highest" if taken == "float32" else "high")
+
+
 def test_published_bytes_follow_from_the_formulas() -> None:
     """The digitised figure's exact sizes are those of the configurations it is of."""
     figure = published()

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 
 from based.errors import BasedError
-from based.recall.config import Point, Recipe
+from based.recall.config import Point, Products, Recipe
 from based.recall.model import Layer, RecallModel, RecallModelConfig
 
 Dials = Mapping[str, int]
@@ -31,6 +31,15 @@ class Architecture:
     dials: Dials = field(default_factory=dict)
     block: Literal["transformer", "mamba"] = "transformer"
     small_out: bool = False
+    tf32: bool = True
+    """Whether products in TF32 leave its accuracy as it is (docs/recall.md, "Arithmetic")."""
+
+
+def products_of(point: Point, recipe: Recipe) -> Products:
+    """The arithmetic in which a point is trained: TF32 only where that changes nothing."""
+    kind = ARCHITECTURES.get(point.architecture)
+    exact = kind is not None and not kind.tf32
+    return "float32" if exact and recipe.products == "tf32" else recipe.products
 
 
 def build_model(point: Point, recipe: Recipe) -> RecallModel:
@@ -162,6 +171,7 @@ _ALL = (
         lambda d, dials, length: 4 * d * dials["state_size"],
         {"state_size": 16},
         block="mamba",
+        tf32=False,
     ),
     Architecture(
         "mamba2",
@@ -169,6 +179,7 @@ _ALL = (
         lambda d, dials, length: 4 * d * dials["state_size"],
         {"state_size": 16},
         block="mamba",
+        tf32=False,
     ),
     Architecture(
         "hyena",

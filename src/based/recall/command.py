@@ -42,7 +42,7 @@ class Run:
     learning_rates: tuple[float, ...] | None = None
     """Other than the recipe's."""
     products: Literal["float32", "tf32", "bf16"] = "float32"
-    """Arithmetic of matrix products."""
+    """Arithmetic of matrix products; tf32 leaves the Mambas, which it changes, in float32."""
     device: str = "auto"
     """cpu, cuda, ...; auto is a GPU if there is one."""
     json: bool = False
@@ -62,7 +62,7 @@ class Sweep:
     jobs: int | None = None
     """Points side by side; by default enough to fill the GPUs or the cores."""
     products: Literal["float32", "tf32", "bf16"] = "float32"
-    """Arithmetic of matrix products."""
+    """Arithmetic of matrix products; tf32 leaves the Mambas, which it changes, in float32."""
     drop_hopeless: bool = False
     """End learning rates early that cannot win any more."""
     fuse: bool = False
@@ -287,22 +287,26 @@ def _compare(out: Path, against: Path, console: Console) -> None:
 
     from based.recall.results import agreement
 
-    pairs = agreement(_rows_of(out), _rows_of(against))
-    if not pairs:
+    found = agreement(_rows_of(out), _rows_of(against))
+    if not found:
         raise BasedError(f"{out} and {against} have no point in common")
     names = out.resolve().name, against.resolve().name
-    difference = Column("difference", min_width=6)
-    shown = Table(Column("point", no_wrap=True), *names, difference, "same rate")
-    for row, other in pairs:
+    point, one, two = (Column(text, no_wrap=True) for text in ("point", *names))
+    shown = Table(point, one, two, "differ", "its rate loses")
+    for row, other, loss in found:
         shown.add_row(
             row["point"],
             *(f"{one['accuracy']:.3f}" for one in (row, other)),
             f"{row['accuracy'] - other['accuracy']:+.3f}",
-            "yes" if row["learning_rate"] == other["learning_rate"] else "no",
+            f"{loss:.3f}",
         )
     console.print(shown)
-    largest = max(abs(row["accuracy"] - other["accuracy"]) for row, other in pairs)
-    console.print(f"largest difference {largest:.3f}, {len(pairs)} points")
+    largest = max(abs(row["accuracy"] - other["accuracy"]) for row, other, _ in found)
+    console.print(
+        f"largest difference {largest:.3f}, {len(found)} points; the learning rate that "
+        f"{names[1]} chose loses at most {max(loss for *_, loss in found):.3f} in {names[0]}",
+        soft_wrap=True,
+    )
 
 
 def _rows_of(out: Path) -> list[Row]:

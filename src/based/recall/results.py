@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from based.errors import BasedError
 from based.recall.config import Point, Recipe
@@ -94,10 +94,25 @@ def frontier(rows: Iterable[Row]) -> list[Row]:
     return kept
 
 
-def agreement(rows: Iterable[Row], others: Iterable[Row]) -> list[tuple[Row, Row]]:
-    """The best rows of the points that two sweeps share, in pairs, by name."""
+class Agreement(NamedTuple):
+    """A point's best rows in two sweeps, and what the other's learning rate loses in the first."""
+
+    row: Row
+    other: Row
+    loss: float
+
+
+def agreement(rows: Sequence[Row], others: Iterable[Row]) -> list[Agreement]:
+    """How the points that two sweeps share came out, by name."""
     ours, theirs = ({row["point"]: row for row in best_rows(some)} for some in (rows, others))
-    return [(ours[name], theirs[name]) for name in sorted(ours.keys() & theirs.keys())]
+    reached = {(row["point"], row["learning_rate"]): row.get("accuracy", 0.0) for row in rows}
+    pairs = [(ours[name], theirs[name]) for name in sorted(ours.keys() & theirs.keys())]
+    return [
+        Agreement(
+            row, other, row["accuracy"] - reached.get((row["point"], other["learning_rate"]), 0.0)
+        )
+        for row, other in pairs
+    ]
 
 
 def by_configuration(rows: Iterable[Row]) -> list[list[Row]]:

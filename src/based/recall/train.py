@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.func import functional_call
 
 from based.files import published
-from based.recall.architectures import build_model, paper_bytes
-from based.recall.config import Point, Recipe
+from based.recall.architectures import build_model, paper_bytes, products_of
+from based.recall.config import Point, Products, Recipe
 from based.recall.data import data_of
 from based.recall.lanes import Lanes
 from based.recall.mqar import Segment
@@ -73,10 +73,11 @@ class PointTrainer:
     ) -> None:
         self.point, self.recipe, self.device, self._folder = point, recipe, device, folder
         self._fuse = fuse
-        _set_products(recipe)
+        arithmetic = products_of(point, recipe)
+        _set_products(arithmetic)
         model = build_model(point, recipe).to(device)
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
-        products = torch.bfloat16 if recipe.products == "bf16" else None
+        products = torch.bfloat16 if arithmetic == "bf16" else None
         self.lanes = Lanes(model, recipe.learning_rates, recipe.weight_decay, products)
         self.histories = {rate: History() for rate in recipe.learning_rates}
         self.epoch = 0
@@ -239,7 +240,7 @@ def describe(point: Point, recipe: Recipe) -> dict[str, Any]:
         "dials": dict(point.dials),
         "seed": point.seed,
         "recipe": recipe.key,
-        "products": recipe.products,
+        "products": products_of(point, recipe),
     }
 
 
@@ -261,7 +262,7 @@ def evaluate(lanes: Lanes, which: Sequence[int], test: Sequence[Segment]) -> Flo
     return torch.stack(rows).unflatten(0, (len(which), len(test)))
 
 
-def _set_products(recipe: Recipe) -> None:
+def _set_products(products: Products) -> None:
     """float32 products in full precision, or by way of TF32."""
-    precision = "highest" if recipe.products == "float32" else "high"
+    precision = "highest" if products == "float32" else "high"
     torch.set_float32_matmul_precision(precision)

@@ -16,6 +16,7 @@ from torch import Tensor
 from based.ops.few_rows_linear.weights import rows_of
 from based.ops.kernels import overlap
 from based.ops.overlap import wait_for_previous
+from based.ops.tensor_core import INTERPRETED
 
 # Bytes of W that a program holds, all in flight at once, and its warps: with a norm, without,
 # and without for a single row of over 2048 channels.
@@ -49,12 +50,39 @@ def side_by_side(
 
 @triton.jit
 @no_type_check
+def _widened(w):
+    """w in float32. int8 by way of 2^23 + 128 + w: the instruction for it is eight times slower."""
+    if INTERPRETED or w.dtype != tl.int8:
+        return w.to(tl.float32)
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b32 biased;
+        xor.b32 biased, $4, 0x80808080;
+        prmt.b32 $0, biased, 0x4B000000, 0x7440;
+        prmt.b32 $1, biased, 0x4B000000, 0x7441;
+        prmt.b32 $2, biased, 0x4B000000, 0x7442;
+        prmt.b32 $3, biased, 0x4B000000, 0x7443;
+        sub.f32 $0, $0, 0f4B000080;
+        sub.f32 $1, $1, 0f4B000080;
+        sub.f32 $2, $2, 0f4B000080;
+        sub.f32 $3, $3, 0f4B000080;
+        }""",
+        "=f,=f,=f,=f,r",
+        [w],
+        tl.float32,
+        True,
+        4,
+    )
+
+
+@triton.jit
+@no_type_check
 def _products(w, x, row, ROWS: tl.constexpr):
     """w x^T as [outputs, rows], row after row: w stays in its registers."""
     y = tl.zeros((w.shape[0], x.shape[0]), tl.float32)
     for r in tl.static_range(ROWS):
         one = tl.sum(tl.where(row[:, None] == r, x, 0.0), axis=0)
-        product = tl.sum(w.to(tl.float32) * one[None, :], axis=1)
+        product = tl.sum(_widened(w) * one[None, :], axis=1)
         y = tl.where(row[None, :] == r, product[:, None], y)
     return y
 
@@ -98,6 +126,9 @@ def _linear_kernel(
 ):
     program = tl.program_id(0)
     n, lane = program * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_C)
+    if SCALED:
+        # A thread reads eight channels of everything: 16 of w would have to change threads.
+        lane = tl.max_contiguous(lane, 8)
     row, slot = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_W)
     real, inside, given = n < N, lane < C, row < ROWS
     weight = weight_of(first_ptr, second_ptr, third_ptr, program * BLOCK_N, C, N, SECOND, THIRD)

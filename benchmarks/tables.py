@@ -10,15 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from based.models.command import human
+from benchmarks import recall_tables, speeds
 from benchmarks import scaling as scaling_benchmark
-from benchmarks import speeds
 from benchmarks import training as training_benchmark
 from benchmarks.generation_plot import usual_rounds
 from benchmarks.rows import newest, read_rows
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-PAGES = (README, ROOT / "docs" / "training.md", ROOT / "docs" / "generation.md")
+PAGES = (README, *(ROOT / "docs" / f"{name}.md" for name in ("training", "generation", "recall")))
 # Batches in the README's table of decoding; the file has more.
 SHOWN_BATCHES = (1, 64, 128, 1024, 4096)
 
@@ -253,6 +253,12 @@ def scaling() -> str:
     return measured(headings, body, rows)
 
 
+def recall(lines: list[list[str]], *sweeps: str) -> str:
+    """A table of the recall lab's, and where its sweeps' calls ran."""
+    calls = [row for row in read_rows("sweeps") if row["sweep"] in sweeps]
+    return measured(lines[0], lines[1:], calls) if calls else markdown(lines[0], lines[1:])
+
+
 def measured(headings: list[str], body: list[list[str]], rows: list[dict]) -> str:
     """A table, and what its rows were measured on."""
     return markdown(headings, body) + "\n\n" + measured_on(*rows)
@@ -278,6 +284,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "training": training,
     "training_profile": training_profile,
     "scaling": scaling,
+    "recall_arithmetic": lambda: recall(recall_tables.arithmetic(), "exact", "core"),
+    "recall_combination": lambda: recall(recall_tables.combination(), "combination"),
+    "recall_feature_maps": lambda: recall(recall_tables.feature_maps(), "feature-maps"),
 }
 
 

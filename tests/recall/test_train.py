@@ -48,6 +48,8 @@ def test_a_row_says_what_it_measured() -> None:
     assert row["accuracy"] == pytest.approx(sum(row["by_task"].values()) / 2)
     assert row["epochs"] == len(row["curve"]) == 3
     assert row["seconds"] > 0
+    assert row["torch"] == torch.__version__
+    assert row["device"]
 
 
 def test_the_learning_rate_follows_a_cosine_by_epoch() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.func import functional_call
 
+from based import __version__
 from based.files import published
 from based.recall.architectures import build_model, paper_bytes, products_of
 from based.recall.config import Point, Products, Recipe
@@ -140,6 +142,7 @@ class PointTrainer:
                 "paper_bytes": paper_bytes(self.point, self.recipe.length),
                 "stacked": self.lanes.stacked,
                 "fused": getattr(self._step, "fuses", False),
+                **_measured_with(self.device),
             }
             for rate, history in self.histories.items()
         ]
@@ -242,6 +245,13 @@ def describe(point: Point, recipe: Recipe) -> dict[str, Any]:
         "recipe": recipe.key,
         "products": products_of(point, recipe),
     }
+
+
+def _measured_with(device: torch.device) -> dict[str, str]:
+    """The hardware and the versions of a row."""
+    on_gpu = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if on_gpu else platform.machine()
+    return {"device": name, "torch": torch.__version__, "based": __version__}
 
 
 @torch.no_grad()

@@ -2,6 +2,8 @@
 
 import errno
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,8 +12,9 @@ import torch
 
 from based.errors import BasedError
 from based.models import PRESETS, Decoder, DecoderConfig, load_model, preset, save_model
-from based.models.accounting import settings_within, skeleton
+from based.models.accounting import settings_within
 from based.models.checkpoint import WEIGHTS, model_folder
+from based.models.skeleton import skeleton
 
 MIXERS = (
     "gated_convolution",
@@ -52,6 +55,17 @@ def tiny(dtype: torch.dtype = torch.float64, intermediate_size: int = 48) -> Dec
 )
 def test_published_sizes(name: str, count: int) -> None:
     assert skeleton(preset(name)).num_parameters() == count
+
+
+def test_a_skeleton_needs_no_compiler() -> None:
+    """PyTorch's would be a second of every command's start."""
+    code = (
+        "import sys; from based.models import PRESETS, preset; "
+        "from based.models.skeleton import skeleton; [skeleton(preset(n)) for n in PRESETS]; "
+        "print('torch._dynamo' in sys.modules)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "False"
 
 
 def test_published_state_has_153_features_and_a_window_of_129() -> None:

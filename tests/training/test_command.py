@@ -13,7 +13,8 @@ from based.cli import main
 from based.data.prepare import prepare
 from based.errors import BasedError
 from based.models import preset
-from based.models.accounting import skeleton, training_flops
+from based.models.accounting import training_flops
+from based.models.skeleton import skeleton
 from based.training import TrainConfig
 from based.training.command import expand
 from based.training.loggers import Logger, open_logger

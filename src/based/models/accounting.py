@@ -6,9 +6,9 @@ from itertools import product
 import torch
 
 from based.errors import BasedError
-from based.models.config import DecoderConfig
 from based.models.decoder import Decoder
 from based.models.presets import preset, transformer_of_size
+from based.models.skeleton import skeleton
 
 # Settings of the dials that `settings_within` tries.
 FEATURE_DIMS = (4, 8, 12, 16, 24, 32)
@@ -26,12 +26,6 @@ class LayerCost:
     state_bytes: int
     """Of one such layer and one sequence."""
     fixed_state: bool
-
-
-def skeleton(config: DecoderConfig) -> Decoder:
-    """The model without its weights' memory."""
-    with torch.device("meta"):
-        return Decoder(config)
 
 
 def layer_costs(model: Decoder, length: int, dtype: torch.dtype) -> list[LayerCost]:

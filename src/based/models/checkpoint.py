@@ -22,6 +22,7 @@ from based.errors import BasedError
 from based.files import published
 from based.models.config import DecoderConfig
 from based.models.decoder import Decoder
+from based.models.skeleton import skeleton
 
 MODEL_TYPE = "based"
 PREFIX = "model."
@@ -72,8 +73,7 @@ def load_model(
     """The model saved in directory `path`, in the dtype it was saved in unless one is given."""
     folder = Path(path)
     config = read_config(folder)
-    with torch.device("meta"):
-        model = Decoder(config)
+    model = skeleton(config)
     tensors = {name.removeprefix(PREFIX): t for name, t in _read_tensors(folder)}
     tensors.pop("lm_head.weight", None)
     check_fits(model, tensors, folder)

@@ -48,9 +48,9 @@ def run(config: Info) -> None:
     import torch
     from rich.console import Console
 
-    from based.models.accounting import skeleton
     from based.models.checkpoint import model_folder, read_config
     from based.models.presets import PRESETS, preset
+    from based.models.skeleton import skeleton
 
     console = Console()
     if config.budget is not None:

@@ -26,8 +26,8 @@ from based.data.packing import document_bounds
 from based.errors import BasedError
 from based.mixers import State
 from based.models import Decoder, DecoderConfig, DecoderState
-from based.models.accounting import skeleton
 from based.models.device import to_device
+from based.models.skeleton import skeleton
 from based.training.config import TrainConfig
 from based.training.context_parallel import SequenceShard, split_sequences
 from based.training.optimizer import build_optimizer

@@ -13,8 +13,9 @@ from torch import nn
 from based.data import TokenDataset
 from based.errors import BasedError
 from based.models import Decoder, DecoderConfig, preset
-from based.models.accounting import skeleton, training_flops
+from based.models.accounting import training_flops
 from based.models.command import human
+from based.models.skeleton import skeleton
 from based.training.config import TrainConfig
 
 if TYPE_CHECKING:

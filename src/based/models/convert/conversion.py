@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from based.errors import BasedError
@@ -15,6 +14,7 @@ from based.models.convert import gpt, mamba
 from based.models.convert.source import Source
 from based.models.convert.tensors import Mapped
 from based.models.decoder import Decoder
+from based.models.skeleton import skeleton
 
 # A family is known by how its tensors' names begin.
 FAMILIES: dict[str, Callable[[Mapping[str, Any], Mapping[str, Tensor]], Mapped]] = {
@@ -44,8 +44,7 @@ def _named(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def decoder(config: DecoderConfig, tensors: dict[str, Tensor], name: str) -> Decoder:
     """A decoder on exactly these tensors, not copied; `name` is for messages."""
-    with torch.device("meta"):
-        model = Decoder(config)
+    model = skeleton(config)
     check_fits(model, tensors, name)
     model.load_state_dict(tensors, assign=True)
     return model.eval()

@@ -29,8 +29,6 @@ class _Unfilled(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in FILLS:
             return args[0] if args else kwargs["tensor"]
-        if func is torch.rand:
-            func = torch.empty
         return func(*args, **kwargs)
 
 

@@ -1,6 +1,7 @@
-"""Directories that appear whole or not at all."""
+"""Directories that appear whole or not at all, and that one process holds at a time."""
 
 import errno
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -31,6 +32,17 @@ def published(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         if path.exists():
             shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def held(folder: Path, use: str) -> Iterator[None]:
+    """Holds `folder`; a process that finds it held gets one line, of what the other's `use` is."""
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise BasedError(f"another process is {use} {folder}") from None
+        yield
 
 
 def not_saved(path: Path, error: BaseException) -> BasedError:

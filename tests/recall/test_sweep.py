@@ -14,6 +14,7 @@ import torch
 
 from based.cli import main
 from based.errors import BasedError
+from based.files import held
 from based.recall import train
 from based.recall.config import Point, Recipe
 from based.recall.mqar import Task
@@ -293,6 +294,9 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     assert "3 points wait: the same command goes on" in capsys.readouterr().out
     main(["recall", "sweep", "tiny", out, "--only", "based"])
     assert "2 results in" in capsys.readouterr().out
+    with held(Path(out), "sweeping into"), pytest.raises(SystemExit):
+        main(["recall", "sweep", "tiny", out])
+    assert f"another process is sweeping into {out}" in capsys.readouterr().err.replace("\n", "")
     main(["recall", "sweep", "tiny", out])
     main(["recall", "sweep", "seeds", out, "--seeds", "7"])
     rows = read_rows(Path(out) / "results.jsonl")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from based.errors import BasedError
+from based.files import held
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -225,6 +226,7 @@ def _train(
     minutes, began, aside = options.minutes, time.monotonic(), 0
     deadline = float("inf") if minutes is None else time.time() + 60 * minutes
     with (
+        held(results.folder, "sweeping into"),
         _workers(options, jobs, devices) as submit,
         Progress(console=console, transient=True) as progress,
     ):

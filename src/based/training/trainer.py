@@ -16,11 +16,10 @@ up to rounding on another number.
 
 from __future__ import annotations
 
-import fcntl
 import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +28,7 @@ import torch
 from based.data import TokenDataset, Windows
 from based.errors import BasedError
 from based.evaluation import Perplexity, Share, evaluate
+from based.files import held
 from based.models import Decoder, save_model
 from based.models.accounting import training_flops
 from based.training.checkpoint import Checkpoints
@@ -107,7 +107,8 @@ class Trainer:
         None if the run was asked to stop before, and on other ranks.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        with _locked(self.folder, wanted=self.ranks.rank == 0):
+        mine = self.ranks.rank == 0
+        with held(self.folder, "training in") if mine else nullcontext():
             self._resume()
             try:
                 return self._train()
@@ -269,20 +270,6 @@ class Trainer:
         save_model(model, self.folder / "model", self.config.data / "tokenizer.json")
         plot_metrics(self.metrics.rows(), self.folder / "loss.png", self.config.preset)
         return model.eval()
-
-
-@contextmanager
-def _locked(folder: Path, wanted: bool) -> Iterator[None]:
-    """Holds the run for this process, if it is the one to hold it."""
-    if not wanted:
-        yield
-        return
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise BasedError(f"another process is training in {folder}") from None
-        yield
 
 
 def _without(row: dict[str, float], name: str) -> dict[str, float]:

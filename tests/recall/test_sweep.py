@@ -1,9 +1,6 @@
 """Sweeps: several points, put aside and gone on with, killed, failed; their picture and table."""
 
 import json
-import os
-import subprocess
-import sys
 import time
 from concurrent.futures import Future
 from dataclasses import replace
@@ -140,54 +137,6 @@ def test_processes_side_by_side(tmp_path: Path) -> None:
         for one in (results, alone)
     ]
     assert curves[0] == curves[1]
-
-
-KILLED = """
-import multiprocessing, pathlib, sys, time
-from dataclasses import replace
-from based.recall.sweep import Job
-from based.recall.workers import local_workers
-from tests.recall.test_sweep import POINTS, RECIPE
-
-if __name__ == "__main__":
-    endless = replace(RECIPE, epochs=10**9, stop_above=2.0)
-    with local_workers(1) as submit:
-        submit(Job(POINTS[0], endless, pathlib.Path(sys.argv[1]), float("inf"), threads=1))
-        time.sleep(0.1)
-        print(multiprocessing.active_children()[0].pid, flush=True)
-        time.sleep(600)
-"""
-
-
-def test_a_killed_sweep_takes_its_workers_along(tmp_path: Path) -> None:
-    script = tmp_path / "sweep.py"
-    script.write_text(KILLED)
-    root = Path(__file__).parents[2]
-    command = [sys.executable, str(script), str(tmp_path / "running")]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(root)}
-    ) as killed:
-        assert killed.stdout is not None
-        worker = int(killed.stdout.readline())
-        # Long enough for the worker to be at work.
-        time.sleep(5)
-        assert is_running(worker)
-        killed.kill()
-    end = time.monotonic() + 20
-    while is_running(worker) and time.monotonic() < end:
-        time.sleep(0.1)
-    assert not is_running(worker)
-
-
-def is_running(pid: int) -> bool:
-    """Whether there is such a process, and not only its entry in the table."""
-    try:
-        os.kill(pid, 0)
-        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    except FileNotFoundError:  # not Linux
-        return True
-    except ProcessLookupError:
-        return False
 
 
 def test_a_ray_cluster(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from based.data.documents import Piece
 from based.data.tokenizer import Tokenizer
+from based.processes import end_with_parent
 
 Batch = tuple[Piece, ...]
 # Batches under way for each process: enough that none waits, few enough for memory.
@@ -45,10 +46,11 @@ def _ids(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
 
 
 def _start(tokenizer: Tokenizer) -> None:
-    """In a worker: the tokenizer stays, and keeps to one core."""
+    """In a worker: the tokenizer stays, and keeps to one core; a killed command ends it."""
     global _tokenizer
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _tokenizer = tokenizer
+    end_with_parent()
 
 
 def _encode(texts: list[str]) -> list[np.ndarray]:

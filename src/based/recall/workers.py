@@ -7,11 +7,11 @@ import socket
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
 from multiprocessing.queues import SimpleQueue
-from threading import Thread
 
 from based.errors import BasedError
+from based.processes import end_with_parent
 from based.recall.results import Row
 from based.recall.sweep import Job, Submit, work
 
@@ -61,15 +61,8 @@ def local_workers(jobs: int, devices: Sequence[str] = ("cpu",)) -> Iterator[Subm
 def _take_device(free: SimpleQueue[str]) -> None:
     global _own_device
     _own_device = free.get()
-    Thread(target=_end_with_the_sweep, daemon=True).start()
-
-
-def _end_with_the_sweep() -> None:
-    """A sweep that is killed takes its workers along: the next one trains their points."""
-    sweep = parent_process()
-    if sweep is not None:
-        sweep.join()
-        os._exit(1)
+    # A sweep that is killed takes its workers along: the next one trains their points.
+    end_with_parent()
 
 
 def _work_on_own_device(job: Job) -> list[Row] | None:

@@ -35,7 +35,7 @@ class Architecture:
     """Whether products in TF32 leave its accuracy as it is (docs/recall.md, "Arithmetic")."""
 
 
-def products_of(point: Point, recipe: Recipe) -> Products:
+def arithmetic_of(point: Point, recipe: Recipe) -> Products:
     """The arithmetic in which a point is trained: TF32 only where that changes nothing."""
     kind = ARCHITECTURES.get(point.architecture)
     exact = kind is not None and not kind.tf32

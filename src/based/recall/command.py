@@ -183,20 +183,24 @@ def _sweep(options: Sweep, console: Console) -> None:
     from based.recall.sweep import again_with_other_seeds
 
     if options.grid == "seeds":
-        results = Results(options.out, _recipe_of(options.out))
-        again = again_with_other_seeds(results.rows(), options.seeds)
-        if not again:
-            raise BasedError(f"{options.out} has no results yet; sweep a grid there first")
-        points, rates = [point for point, _ in again], {point.key: own for point, own in again}
+        points, recipe = [], _recipe_of(options.out)
     else:
         points, recipe = named_grid(options.grid)
-        changed = replace(recipe, products=options.products, drop_hopeless=options.drop_hopeless)
-        results, rates = Results(options.out, changed), {}
-    if options.only:
-        points = [point for point in points if point.key.startswith(options.only)]
-    if not points:
-        raise BasedError(f"no point of {options.grid} begins with {' or '.join(options.only)}")
-    _train(options, points, results, rates, console)
+        recipe = replace(recipe, products=options.products, drop_hopeless=options.drop_hopeless)
+    options.out.mkdir(parents=True, exist_ok=True)
+    # Before it is opened, which cuts a line that is half written.
+    with held(options.out, "sweeping into"):
+        results, rates = Results(options.out, recipe), {}
+        if options.grid == "seeds":
+            again = again_with_other_seeds(results.rows(), options.seeds)
+            if not again:
+                raise BasedError(f"{options.out} has no results yet; sweep a grid there first")
+            points, rates = [point for point, _ in again], {point.key: own for point, own in again}
+        if options.only:
+            points = [point for point in points if point.key.startswith(options.only)]
+        if not points:
+            raise BasedError(f"no point of {options.grid} begins with {' or '.join(options.only)}")
+        _train(options, points, results, rates, console)
 
 
 def _recipe_of(out: Path) -> Recipe:
@@ -226,7 +230,6 @@ def _train(
     minutes, began, aside = options.minutes, time.monotonic(), 0
     deadline = float("inf") if minutes is None else time.time() + 60 * minutes
     with (
-        held(results.folder, "sweeping into"),
         _workers(options, jobs, devices) as submit,
         Progress(console=console, transient=True) as progress,
     ):

@@ -17,7 +17,7 @@ from torch.func import functional_call
 
 from based import __version__
 from based.files import published
-from based.recall.architectures import build_model, paper_bytes, products_of
+from based.recall.architectures import arithmetic_of, build_model, paper_bytes
 from based.recall.config import Point, Products, Recipe
 from based.recall.data import data_of
 from based.recall.lanes import Lanes
@@ -75,7 +75,7 @@ class PointTrainer:
     ) -> None:
         self.point, self.recipe, self.device, self._folder = point, recipe, device, folder
         self._fuse = fuse
-        arithmetic = products_of(point, recipe)
+        arithmetic = arithmetic_of(point, recipe)
         _set_products(arithmetic)
         model = build_model(point, recipe).to(device)
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -243,7 +243,7 @@ def describe(point: Point, recipe: Recipe) -> dict[str, Any]:
         "dials": dict(point.dials),
         "seed": point.seed,
         "recipe": recipe.key,
-        "products": products_of(point, recipe),
+        "products": arithmetic_of(point, recipe),
     }
 
 

@@ -17,8 +17,8 @@ from based.cli import main
 from based.data import train_tokenizer
 from based.errors import BasedError
 from based.models import Decoder, load_model, preset
+from based.models.checkpoint import decoder
 from based.models.convert import Source, convert, gpt
-from based.models.convert.conversion import decoder
 from based.models.convert.verify import verify
 from based.models.skeleton import skeleton
 

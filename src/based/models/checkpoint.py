@@ -73,12 +73,18 @@ def load_model(
     """The model saved in directory `path`, in the dtype it was saved in unless one is given."""
     folder = Path(path)
     config = read_config(folder)
-    model = skeleton(config)
     tensors = {name.removeprefix(PREFIX): t for name, t in _read_tensors(folder)}
     tensors.pop("lm_head.weight", None)
-    check_fits(model, tensors, folder)
+    model = decoder(config, tensors, folder)
+    return model.to(device=device, dtype=dtype or model.dtype)
+
+
+def decoder(config: DecoderConfig, tensors: dict[str, Tensor], source: str | Path) -> Decoder:
+    """A decoder on exactly these tensors, not copied; `source` is for messages."""
+    model = skeleton(config)
+    check_fits(model, tensors, source)
     model.load_state_dict(tensors, assign=True)
-    return model.to(device=device, dtype=dtype or model.dtype).eval()
+    return model.eval()
 
 
 def model_folder(path: str | Path) -> Path:

@@ -8,13 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from based.errors import BasedError
-from based.models.checkpoint import check_fits
-from based.models.config import DecoderConfig
+from based.models.checkpoint import decoder
 from based.models.convert import gpt, mamba
 from based.models.convert.source import Source
 from based.models.convert.tensors import Mapped
 from based.models.decoder import Decoder
-from based.models.skeleton import skeleton
 
 # A family is known by how its tensors' names begin.
 FAMILIES: dict[str, Callable[[Mapping[str, Any], Mapping[str, Tensor]], Mapped]] = {
@@ -40,11 +38,3 @@ def convert(source: Source) -> tuple[Decoder, Mapped]:
 def _named(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Without the `model.` that a training checkpoint puts before every name."""
     return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
-
-
-def decoder(config: DecoderConfig, tensors: dict[str, Tensor], name: str) -> Decoder:
-    """A decoder on exactly these tensors, not copied; `name` is for messages."""
-    model = skeleton(config)
-    check_fits(model, tensors, name)
-    model.load_state_dict(tensors, assign=True)
-    return model.eval()

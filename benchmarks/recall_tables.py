@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-
+from based.recall.grids import CLOSE
 from based.recall.results import Row, agreement, best_rows, configuration, read_rows
 from benchmarks.rows import RESULTS
 
@@ -32,52 +30,44 @@ def arithmetic() -> list[list[str]]:
 def combination() -> list[list[str]]:
     """Convolution, Taylor and window together and alone, by budget."""
     kinds = ("shipped", "shipped_taylor", "shipped_window")
-    best = [row for row in best_rows(_rows("combination")) if row["architecture"] in kinds]
+    best = best_rows(_rows("combination"))
     budgets = sorted(row["state_bytes"] for row in best if row["architecture"] == "shipped")
     lines = [["state", "together", "Taylor alone", "window alone"]]
     for budget in budgets:
         near = {
-            row["architecture"]: row["accuracy"]
+            row["architecture"]: f"{row['accuracy']:.3f}"
             for row in best
-            if abs(row["state_bytes"] - budget) <= 0.1 * budget
+            if abs(row["state_bytes"] - budget) <= CLOSE * budget
         }
-        lines.append([_size(budget), *(_shown(near.get(kind)) for kind in kinds)])
+        lines.append([_size(budget), *(near.get(kind, "") for kind in kinds)])
     return lines
 
 
 def feature_maps() -> list[list[str]]:
     """Accuracy and state by feature map and width."""
     best = best_rows(_rows("feature-maps"))
+    cells = {
+        (_feature_map(row), row["hidden_size"]): (
+            f"{row['accuracy']:.3f} ({_size(row['state_bytes'])})"
+        )
+        for row in best
+    }
     widths = sorted({row["hidden_size"] for row in best})
-    dims = sorted({row["dials"]["feature_dim"] for row in best if row["architecture"] == "based"})
-    taylor = {
-        f"Taylor, feature_dim {dim}": [
-            row
-            for row in best
-            if row["architecture"] == "based" and row["dials"]["feature_dim"] == dim
-        ]
-        for dim in dims
-    }
-    others = {
-        shown: [row for row in best if row["architecture"] == name] for name, shown in NAMES.items()
-    }
+    taylor = sorted({name for name, _ in cells if name not in NAMES.values()})
     lines = [["feature map", *(f"d {width}" for width in widths)]]
-    for shown, own in (taylor | others).items():
-        by_width = {row["hidden_size"]: row for row in own}
-        lines.append([shown, *(_with_size(by_width.get(width)) for width in widths)])
+    for name in (*taylor, *NAMES.values()):
+        lines.append([name, *(cells.get((name, width), "") for width in widths)])
     return lines
 
 
-def _rows(sweep: str) -> Sequence[Row]:
-    return read_rows(Path(RESULTS) / "recall" / sweep / "results.jsonl")
+def _feature_map(row: Row) -> str:
+    if row["architecture"] == "based":
+        return f"Taylor, feature_dim {row['dials']['feature_dim']}"
+    return NAMES[row["architecture"]]
 
 
-def _with_size(row: Row | None) -> str:
-    return "" if row is None else f"{row['accuracy']:.3f} ({_size(row['state_bytes'])})"
-
-
-def _shown(accuracy: float | None) -> str:
-    return "" if accuracy is None else f"{accuracy:.3f}"
+def _rows(sweep: str) -> list[Row]:
+    return read_rows(RESULTS / "recall" / sweep / "results.jsonl")
 
 
 def _size(size: int) -> str:

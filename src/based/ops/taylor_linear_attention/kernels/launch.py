@@ -10,6 +10,7 @@ from torch import Tensor
 
 from based.ops.kernels import products_of
 from based.ops.taylor_linear_attention.features import num_features
+from based.ops.taylor_linear_attention.kernels import hopper
 from based.ops.taylor_linear_attention.kernels.gradients import key_gradients, query_gradients
 from based.ops.taylor_linear_attention.kernels.outputs import attend
 from based.ops.taylor_linear_attention.kernels.segments import Segments, divide, divide_evenly
@@ -145,23 +146,26 @@ def run_states(
         x.new_empty((S, H, F, V), dtype=torch.float32),
         x.new_empty((S, H, F), dtype=torch.float32),
     )
-    constants = shape.constants(shape.tiles.states)
-    features = shape.K // 2 * constants["KP"]
-    tiles = triton.cdiv(features, constants["BF"]) * triton.cdiv(V, constants["BV"])
-    sum_states[S * H, tiles](
-        x,
-        y,
-        states.normaliser if delta is None else delta,
-        segments.strips,
-        *states,
-        *x.stride()[1:3],
-        *y.stride()[1:3],
-        x.shape[1],
-        H,
-        QUERIES=delta is not None,
-        LENGTH=LENGTH,
-        **constants,
-    )
+    if hopper.takes(x, y):
+        hopper.sum_states(x, y, delta, segments.strips, states)
+    else:
+        constants = shape.constants(shape.tiles.states)
+        features = shape.K // 2 * constants["KP"]
+        tiles = triton.cdiv(features, constants["BF"]) * triton.cdiv(V, constants["BV"])
+        sum_states[S * H, tiles](
+            x,
+            y,
+            states.normaliser if delta is None else delta,
+            segments.strips,
+            *states,
+            *x.stride()[1:3],
+            *y.stride()[1:3],
+            x.shape[1],
+            H,
+            QUERIES=delta is not None,
+            LENGTH=LENGTH,
+            **constants,
+        )
     if beyond[0] is None and not segments.carried:
         # One strip a sequence and nothing beyond it: strips are the totals.
         return States(*states[:2], *nothing(x, 2)), states[2], states[3]
@@ -219,6 +223,9 @@ def forward(
     if want_state or numerator is not None or q.shape[1] > LENGTH * out.shape[0]:
         beyond = (numerator, denominator)
         states, final, final_normaliser = run_states(shape, segments, k, v, beyond)
+    if hopper.takes(q, k, v):
+        hopper.attend(q, k, v, out, inverse, segments.segments, states)
+        return out, final, final_normaliser, inverse, states
     constants = shape.constants(shape.tiles.attend)
     attend[len(segments.segments) * shape.heads, triton.cdiv(shape.V, constants["BV"])](
         q,

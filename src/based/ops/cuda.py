@@ -1,0 +1,130 @@
+"""CUDA C++ kernels for Hopper, compiled by NVRTC when first used: no compiler is needed.
+
+A source is `hopper.cuh`, wrappers of the wgmma widths in use, constants, and the kernel's
+own file. NVRTC comes with torch's CUDA builds; without it (or on another GPU) the Triton
+kernels compute the same.
+"""
+
+import ctypes
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from based.ops.fallback import warn_once
+
+OPTIONS = (b"--gpu-architecture=sm_90a", b"--std=c++17")
+# CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+SHARED_SIZE = 8
+Argument = Tensor | int | float
+
+
+def source_of(path: Path, constants: dict[str, int | bool | str], widths: Sequence[int]) -> str:
+    """The whole text of a kernel; constants that are text become macros."""
+    lines = [
+        f"#define {name} {value}"
+        if isinstance(value, str)
+        else f"constexpr {'bool' if isinstance(value, bool) else 'int'} {name} = {int(value)};"
+        for name, value in constants.items()
+    ]
+    wrappers = [_wgmma(width) for width in sorted(set(widths))]
+    shared = (Path(__file__).parent / "hopper.cuh").read_text()
+    return "\n".join([shared, *wrappers, *lines, path.read_text()])
+
+
+def _wgmma(n: int) -> str:
+    """add_<n>: d += a b; start_<n>: d = a b. a is 64 x 16 in registers, b 16 x n, described."""
+    registers = ", ".join(f"%{i}" for i in range(n // 2))
+    left = ", ".join(f"%{n // 2 + i}" for i in range(4))
+    made = []
+    for name, add, constraint in (("add", 1, "+f"), ("start", 0, "=f")):
+        outputs = ", ".join(f'"{constraint}"(d[{i}])' for i in range(n // 2))
+        made.append(
+            f"template <int TRANSPOSED> __device__ __forceinline__ void {name}_{n}"
+            f"(float (&d)[{n // 2}], const u32 (&a)[4], u64 b) {{\n"
+            f'    asm volatile("{{ .reg .pred p; setp.ne.b32 p, {add}, 0; '
+            f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.bf16.bf16 "
+            f'{{{registers}}}, {{{left}}}, %{n // 2 + 4}, p, 1, 1, %{n // 2 + 5}; }}"\n'
+            f'        : {outputs} : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), '
+            f'"n"(TRANSPOSED));\n}}'
+        )
+    return "\n".join(made)
+
+
+@cache
+def _libraries() -> tuple[ctypes.CDLL, ctypes.CDLL] | None:
+    """NVRTC and the driver, if both are there."""
+    major = (torch.version.cuda or "0").split(".")[0]
+    try:
+        return ctypes.CDLL(f"libnvrtc.so.{major}"), ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        warn_once(f"CUDA C++ kernels are left out, Triton's take their place: {error}")
+        return None
+
+
+@cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether kernels compiled for capability 9.0a run there, and can be compiled."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability(device) != (9, 0):
+        return False
+    return _libraries() is not None
+
+
+def compile_kernel(
+    name: str, source: str, shared: int, device: torch.device
+) -> Callable[..., None]:
+    """`name` of `source` with `shared` bytes of dynamic shared memory, for one GPU.
+
+    The result is called with grid size, block size and the kernel's arguments: tensors
+    as pointers, Python integers as 64-bit ones, floats as 32-bit ones. It runs on torch's
+    current stream, and may be captured. Raises RuntimeError with the compiler's words.
+    """
+    libraries = _libraries()
+    if libraries is None:
+        raise RuntimeError("there is no NVRTC")
+    image, driver = _compile(libraries[0], source), libraries[1]
+    module, function = ctypes.c_void_p(), ctypes.c_void_p()
+    with torch.cuda.device(device):
+        _check(driver.cuModuleLoadData(ctypes.byref(module), image))
+        _check(driver.cuModuleGetFunction(ctypes.byref(function), module, name.encode()))
+        _check(driver.cuFuncSetAttribute(function, SHARED_SIZE, shared))
+
+    def launch(grid: int, block: int, *arguments: Argument) -> None:
+        values = [_value(argument) for argument in arguments]
+        pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(x) for x in values))
+        size = grid, 1, 1, block, 1, 1, shared
+        with torch.cuda.device(device):
+            stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
+            _check(driver.cuLaunchKernel(function, *size, stream, pointers, None))
+
+    return launch
+
+
+def _compile(nvrtc: ctypes.CDLL, source: str) -> bytes:
+    program, size = ctypes.c_void_p(), ctypes.c_size_t()
+    nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None)
+    options = (ctypes.c_char_p * len(OPTIONS))(*OPTIONS)
+    failed = nvrtc.nvrtcCompileProgram(program, len(OPTIONS), options)
+    if failed:
+        nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+        log = ctypes.create_string_buffer(size.value)
+        nvrtc.nvrtcGetProgramLog(program, log)
+        raise RuntimeError(f"NVRTC: {log.value.decode(errors='replace')}")
+    nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size))
+    image = ctypes.create_string_buffer(size.value)
+    nvrtc.nvrtcGetCUBIN(program, image)
+    nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+    return image.raw
+
+
+def _value(argument: Argument) -> ctypes.c_void_p | ctypes.c_int64 | ctypes.c_float:
+    if isinstance(argument, Tensor):
+        return ctypes.c_void_p(argument.data_ptr())
+    return ctypes.c_float(argument) if isinstance(argument, float) else ctypes.c_int64(argument)
+
+
+def _check(status: int) -> None:
+    if status:
+        raise RuntimeError(f"the CUDA driver refused a kernel (error {status})")

@@ -1,0 +1,61 @@
+// What CUDA C++ kernels for Hopper share: types, copies into shared memory, wgmma.
+// Compiled by NVRTC, so nothing is included; cuda.py adds wgmma_<N>, one for each width in use.
+
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef long long i64;
+struct __align__(8) uint2_ { u32 x, y; };
+struct __align__(8) float2_ { float x, y; };
+struct __align__(16) uint4_ { u32 x, y, z, w; };
+struct __align__(16) float4_ { float x, y, z, w; };
+
+// Pairs of bfloat16 in one register, the even column in the low half.
+__device__ __forceinline__ float low(u32 pair) { return __uint_as_float(pair << 16); }
+__device__ __forceinline__ float high(u32 pair) { return __uint_as_float(pair & 0xFFFF0000u); }
+__device__ __forceinline__ u32 pack(float even, float odd) {
+    u32 pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(odd), "f"(even));
+    return pair;
+}
+__device__ __forceinline__ u32 times(u32 a, u32 b) {
+    u32 product;
+    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
+    return product;
+}
+
+__device__ __forceinline__ u32 address(const void* shared) {
+    return (u32)__cvta_generic_to_shared(shared);
+}
+// 16 bytes into shared memory, asynchronously; zeros where there is nothing to read.
+__device__ __forceinline__ void copy16(u32 to, const void* from, bool real) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(real ? 16 : 0) : "memory");
+}
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Until at most N groups of copies are under way; wgmma may then read what has come (after a barrier).
+template <int N> __device__ __forceinline__ void await_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+__device__ __forceinline__ void store16(u32 to, uint4_ x) {
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
+}
+__device__ __forceinline__ void store2(u32 to, u16 x) {
+    asm volatile("st.shared.b16 [%0], %1;" ::"r"(to), "h"(x) : "memory");
+}
+
+// A matrix in shared memory as wgmma wants it described. SWIZZLE: 1 for rows of 128 bytes, 3 for
+// 32. `outer` and `group` are bytes: between panels of columns, and between groups of 8 rows.
+template <int SWIZZLE> __device__ __forceinline__ u64 descriptor(u32 shared, u32 outer, u32 group) {
+    return (u64)(shared >> 4 & 0x3FFF) | (u64)(outer >> 4) << 16 | (u64)(group >> 4) << 32 | (u64)SWIZZLE << 62;
+}
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int N> __device__ __forceinline__ void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+}
+// Keeps the compiler from moving reads or writes of these registers past this line.
+template <int N> __device__ __forceinline__ void settle(float (&x)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; i++) asm volatile("" : "+f"(x[i])::"memory");
+}

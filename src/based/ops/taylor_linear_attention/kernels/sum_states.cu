@@ -1,0 +1,196 @@
+// States of Taylor linear attention on Hopper: what kernels/states.py's sum_states computes, at
+// feature_dim 16. One block of three warpgroups walks a strip of segments with one head and N
+// columns of values; the sums stay in registers, chunks of 64 tokens come in a ring.
+//
+// Warp n of the block has diagonal n of features (the eighth, half and with the constant; the
+// linear terms; two are idle). ldmatrix brings keys transposed, lanes exchange the rolled rows.
+//
+// hopper.py defines V (head_dim), N (columns of a block, a multiple of 8 up to 64), QUERIES
+// (gradients: queries, last segment first), STAGES of the ring and ADD_N.
+
+constexpr int LENGTH = 256, CHUNK = 64, F = 153, THREADS = 384;
+constexpr int AT_KEYS = CHUNK * 128, AT_FACTORS = AT_KEYS + CHUNK * 32, STAGE = AT_FACTORS + CHUNK * 16;
+
+// A token's factor in the normaliser, for a product of 8 columns: in two parts, then zeros.
+__device__ __forceinline__ void store_factor(u32 to, float factor) {
+    const u32 coarse = pack(factor, 0) & 0xFFFF;
+    store16(to, uint4_{pack(low(coarse), factor - low(coarse)), 0, 0, 0});
+}
+
+// 16 tokens of keys, transposed: rows g and g + 8 of the left side of a product.
+__device__ __forceinline__ void load_transposed(u32 (&x)[4], u32 keys, int lane) {
+    // Lanes 8 i to 8 i + 7 point to the rows of matrix i: tokens 8 (i / 2) on, channels 8 (i % 2) on.
+    const int row = (lane & 7) + (lane >> 4) * 8, c = lane >> 3 & 1;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+        : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(keys + row * 32 + ((c ^ (row >> 2 & 1)) << 4)));
+}
+
+// Features of diagonal d: x times x rolled by d.
+__device__ __forceinline__ void features_of(u32 (&phi)[4], const u32 (&x)[4], int d, int from, bool wraps) {
+    const int g = threadIdx.x >> 2 & 7;
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+        const u32 above = __shfl_sync(~0u, x[i], from), below = __shfl_sync(~0u, x[i + 1], from);
+        phi[i] = times(x[i], wraps ? below : above);
+        phi[i + 1] = times(x[i + 1], wraps ? above : below);
+        if (d == 8) phi[i] = times(x[i], x[i + 1]), phi[i + 1] = g == 0 ? 0x3F803F80 : 0;
+        if (d == 9) phi[i] = x[i], phi[i + 1] = x[i + 1];
+        if (d > 9) phi[i] = phi[i + 1] = 0;
+    }
+}
+
+// Row `row` of diagonal d in a state, or -1.
+__device__ __forceinline__ int feature_at(int d, int row) {
+    if (d < 8) return 17 + d * 16 + row;
+    if (d == 8) return row < 8 ? 145 + row : row == 8 ? 0 : -1;
+    return d == 9 ? 1 + row : -1;
+}
+// The Taylor weight of its features, which queries have.
+__device__ __forceinline__ float weight_at(int d, int row) {
+    if (!QUERIES || (d == 8 && row == 8)) return 1;
+    return d == 0 ? 1.0f / 32 : d == 9 ? 0.25f : 1.0f / 16;
+}
+
+// A warp's 16 rows of a state, in bfloat16. Lanes of a pair swap halves of two blocks of 8
+// columns: 32 bytes in one piece.
+__device__ __forceinline__ void store_rounded(u16* to, const float (&acc)[N / 2], int d, int g, int t) {
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        const int f = feature_at(d, g + 8 * r);
+        const float weight = weight_at(d, g + 8 * r);
+        u16* row = to + f * V;
+#pragma unroll
+        for (int j = 0; j + 1 < N / 8; j += 2) {
+            const u32 even = pack(acc[4 * j + 2 * r] * weight, acc[4 * j + 2 * r + 1] * weight);
+            const u32 odd = pack(acc[4 * j + 4 + 2 * r] * weight, acc[4 * j + 5 + 2 * r] * weight);
+            const u32 got = __shfl_xor_sync(~0u, t & 1 ? even : odd, 1);
+            const uint2_ pair = t & 1 ? uint2_{got, odd} : uint2_{even, got};
+            if (f >= 0) *(uint2_*)(row + (j + (t & 1)) * 8 + (t >> 1) * 4) = pair;
+        }
+        if (N / 8 % 2 == 1 && f >= 0) {
+            const int last = N / 2 - 4 + 2 * r;
+            *(u32*)(row + N - 8 + 2 * t) = pack(acc[last] * weight, acc[last + 1] * weight);
+        }
+    }
+}
+// The same in float32.
+__device__ __forceinline__ void store_exact(float* to, const float (&acc)[N / 2], int d, int g, int t) {
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        const int f = feature_at(d, g + 8 * r);
+        const float weight = weight_at(d, g + 8 * r);
+#pragma unroll
+        for (int j = 0; j < N / 8; j++)
+            if (f >= 0)
+                *(float2_*)(to + f * V + 8 * j + 2 * t) = float2_{acc[4 * j + 2 * r] * weight, acc[4 * j + 2 * r + 1] * weight};
+    }
+}
+// Its entries of the normaliser: both parts of the factor.
+__device__ __forceinline__ void store_sums(float* to, const float (&sums)[4], int d, int g, int t) {
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        const int f = feature_at(d, g + 8 * r);
+        if (f >= 0 && t == 0) to[f] = (sums[2 * r] + sums[2 * r + 1]) * weight_at(d, g + 8 * r);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 2) sum_states(
+    const u16* x, const u16* y, const float* delta, const int* strips,
+    u16* numerator, float* normaliser, float* strip_numerator, float* strip_normaliser,
+    i64 x_stride_t, i64 x_stride_h, i64 y_stride_t, i64 y_stride_h, i64 T, i64 H) {
+    extern __shared__ __align__(1024) unsigned char memory[];
+    const u32 shared = address(memory);
+    const int thread = threadIdx.x, lane = thread & 31, g = lane >> 2, t = lane & 3;
+    const int d = __shfl_sync(~0u, thread >> 5, 0);
+    const int heads = (int)H, column = blockIdx.x % (V / N) * N;
+    const int head = blockIdx.x / (V / N) % heads;
+    const i64 strip = blockIdx.x / (V / N) / heads;
+    const i64 begin = strips[strip * 4 + 1];
+    const int length = strips[strip * 4 + 2] - strips[strip * 4 + 1];
+    const i64 first_segment = strips[strip * 4 + 3];
+    if (length <= 0) return;
+    const int segments = (length + LENGTH - 1) / LENGTH;
+    const int chunks = segments * (LENGTH / CHUNK);
+
+    x += begin * x_stride_t + head * x_stride_h;
+    y += begin * y_stride_t + head * y_stride_h + column;
+    delta += head * T + begin;
+    const int from = ((g + d) & 7) * 4 + t;
+    const bool wraps = g + (d & 7) > 7;
+
+    // First token of chunk number c, in the order of the walk.
+    const auto token_of = [&](int c) {
+        const int number = c / (LENGTH / CHUNK);
+        return (QUERIES ? segments - 1 - number : number) * LENGTH + c % (LENGTH / CHUNK) * CHUNK;
+    };
+    const auto load = [&](int c) {
+        if (c < chunks) {
+            const u32 stage = shared + c % STAGES * STAGE;
+            const int token = token_of(c);
+            for (int i = thread; i < CHUNK * (N / 8); i += THREADS) {
+                const int row = i / (N / 8), part = i % (N / 8);
+                copy16(stage + row * 128 + ((part ^ (row & 7)) << 4), y + (token + row) * y_stride_t + part * 8, token + row < length);
+            }
+            const int i = thread - (THREADS - 2 * CHUNK), row = i >> 1, part = i & 1;
+            if (i >= 0)
+                copy16(stage + AT_KEYS + row * 32 + ((part ^ (row >> 2 & 1)) << 4), x + (token + row) * x_stride_t + part * 8, token + row < length);
+        }
+        commit_copies();
+    };
+    const auto factor_of = [&](int c) {
+        const int token = token_of(c) + thread;
+        if (c >= chunks || thread >= CHUNK || token >= length) return 0.0f;
+        return QUERIES ? delta[token] : 1.0f;
+    };
+    const auto put_factor = [&](int c, float factor) {
+        if (thread < CHUNK) store_factor(shared + c % STAGES * STAGE + AT_FACTORS + thread * 16, factor);
+    };
+
+    for (int c = 0; c < STAGES - 2; c++) load(c);
+    put_factor(0, factor_of(0));
+    float factor = factor_of(1);
+    float acc[N / 2], sums[4];
+#pragma unroll
+    for (int i = 0; i < N / 2; i++) acc[i] = 0;
+#pragma unroll
+    for (int i = 0; i < 4; i++) sums[i] = 0;
+
+#pragma unroll 1
+    for (int c = 0; c < chunks; c++) {
+        put_factor(c + 1, factor);
+        await_copies<STAGES - 3>();
+        __syncthreads();
+        load(c + STAGES - 2);
+        factor = factor_of(c + 2);
+        const u32 stage = shared + c % STAGES * STAGE;
+        u32 phi[CHUNK / 16][4];
+#pragma unroll
+        for (int part = 0; part < CHUNK / 16; part++) {
+            u32 keys[4];
+            load_transposed(keys, stage + AT_KEYS + part * 16 * 32, lane);
+            features_of(phi[part], keys, d, from, wraps);
+        }
+        if (c > 0 && c % (LENGTH / CHUNK) == 0) {
+            const int number = c / (LENGTH / CHUNK), segment = QUERIES ? segments - 1 - number : number;
+            const i64 slot = (first_segment + segment) * H + head;
+            store_rounded(numerator + slot * F * V + column, acc, d, g, t);
+            if (column == 0) store_sums(normaliser + slot * F, sums, d, g, t);
+        }
+        const u64 values = descriptor<1>(stage, 0, 1024), factors = descriptor<0>(stage + AT_FACTORS, 128, 128);
+        settle(acc);
+        settle(sums);
+        wgmma_fence();
+#pragma unroll
+        for (int part = 0; part < CHUNK / 16; part++) {
+            ADD_N<1>(acc, phi[part], values + part * 128);
+            add_8<1>(sums, phi[part], factors + part * 16);
+        }
+        wgmma_commit();
+        wgmma_wait<0>();
+        settle(acc);
+        settle(sums);
+    }
+    const i64 slot = strip * H + head;
+    store_exact(strip_numerator + slot * F * V + column, acc, d, g, t);
+    if (column == 0) store_sums(strip_normaliser + slot * F, sums, d, g, t);
+}

@@ -35,13 +35,25 @@ __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_
 // Until at most N groups of copies are under way; wgmma may then read what has come (after a barrier).
 template <int N> __device__ __forceinline__ void await_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
+// Before wgmma reads what ordinary stores wrote. It waits for copies too: not where they should overlap.
+__device__ __forceinline__ void stores_before_wgmma() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 __device__ __forceinline__ void store16(u32 to, uint4_ x) {
     asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
 }
-__device__ __forceinline__ void store2(u32 to, u16 x) {
-    asm volatile("st.shared.b16 [%0], %1;" ::"r"(to), "h"(x) : "memory");
+__device__ __forceinline__ void store4(u32 to, u32 x) {
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(x) : "memory");
+}
+__device__ __forceinline__ uint4_ load16(u32 from) {
+    uint4_ x;
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(from) : "memory");
+    return x;
+}
+
+// One warp's product, d += a b: a is 16 x 16, b 16 x 8, all in registers.
+__device__ __forceinline__ void multiply_add(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 // A matrix in shared memory as wgmma wants it described. SWIZZLE: 1 for rows of 128 bytes, 3 for

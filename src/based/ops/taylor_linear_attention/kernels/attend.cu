@@ -57,20 +57,24 @@ __device__ __forceinline__ void load_state(
         store16(to, sums);
     }
     for (int i = thread; i < 7 * (V / 8); i += 256)
-        store16(shared + place(137 + i / (V / 8), i % (V / 8), STATE_PANEL), uint4_{0, 0, 0, 0});
+        copy16(shared + place(137 + i / (V / 8), i % (V / 8), STATE_PANEL), in_strip, false);
 }
 
-// What takes q to q times the normaliser's second-order terms, twice: rounded, and what that lost.
+// The second-order terms of the normaliser as the right side of multiply_add: registers 0 to 3 for
+// a lane's columns g, 4 to 7 for g + 8; of four, two are rounded and two are what that lost.
 __device__ __forceinline__ void load_mixer(
     u32 to, const float* in_strip, const float* before, bool inside, int thread) {
-    const int i = thread >> 4, j = thread & 15, shift = (j - i) & 15;
-    const bool above = shift < 8 || (shift == 8 && i < 8);
-    const int entry = 17 + (above ? shift * 16 + i : (16 - shift) * 16 + j);
-    const float z = sum_of(in_strip, before, inside, entry) * (1.0f / 16);
-    const u32 coarse = pack(z, 0) & 0xFFFF, fine = pack(z - low(coarse), 0) & 0xFFFF;
-    to += ((i >> 3 ^ (j >> 2 & 1)) << 4) + (i & 7) * 2;
-    store2(to + j * 32, (u16)coarse);
-    store2(to + (j + 16) * 32, (u16)fine);
+    const int lane = thread & 31, place = thread >> 5;
+    float z[2];
+#pragma unroll
+    for (int n = 0; n < 2; n++) {
+        const int i = 2 * (lane & 3) + n + 8 * (place & 1), j = (lane >> 2) + (place >> 2) * 8, shift = (j - i) & 15;
+        const bool above = shift < 8 || (shift == 8 && i < 8);
+        z[n] = sum_of(in_strip, before, inside, 17 + (above ? shift * 16 + i : (16 - shift) * 16 + j)) * (1.0f / 16);
+    }
+    const u32 coarse = pack(z[0], z[1]);
+    store4(to + lane * 16 + (place >> 2) * 512 + (place & 3) * 4,
+        place & 2 ? pack(z[0] - low(coarse), z[1] - high(coarse)) : coarse);
 }
 
 // Columns (c + r, c + r + 1) of a row that begins at column c; no column beyond the 16th.
@@ -224,6 +228,7 @@ extern "C" __global__ void __launch_bounds__(256, 2) attend(
     }
     commit_copies();
     await_copies<1>();
+    if (STRIPS) stores_before_wgmma();
     __syncthreads();
 
 #pragma unroll 1
@@ -237,7 +242,7 @@ extern "C" __global__ void __launch_bounds__(256, 2) attend(
         u32 own[4];  // q as the left side of a product
         float below[2] = {0, 0};
         if (any) {
-            u32 x[2][8];
+            u32 x[2][8];  // rows g and g + 8 of q, from column 2 t on
 #pragma unroll
             for (int r = 0; r < 2; r++) {
                 const bool real = row + 8 * r < length;
@@ -248,20 +253,23 @@ extern "C" __global__ void __launch_bounds__(256, 2) attend(
             own[0] = x[0][0], own[1] = x[1][0], own[2] = x[0][4], own[3] = x[1][4];
             if (has_state) {
                 read_state(acc, x, shared);
-                float mixed[16];
-                wgmma_fence();
-                start_32<0>(mixed, own, descriptor<3>(shared + AT_MIXER, 0, 256));
-                wgmma_commit();
-                wgmma_wait<0>();
-                settle(mixed);
+                float terms[2][4];
+#pragma unroll
+                for (int block = 0; block < 2; block++) {
+                    const uint4_ z = load16(shared + AT_MIXER + block * 512 + lane * 16);
+                    float product[4] = {0, 0, 0, 0};
+                    multiply_add(product, own, z.x, z.y);
+                    multiply_add(product, own, z.z, z.w);
+#pragma unroll
+                    for (int i = 0; i < 4; i++) terms[i >> 1][2 * block + (i & 1)] = product[i];
+                }
 #pragma unroll
                 for (int r = 0; r < 2; r++)
 #pragma unroll
                     for (int i = 0; i < 4; i++) {
-                        const int c = (i >> 1) * 4 + 2 * r + (i & 1);
                         const u32 pair = own[r + (i >> 1) * 2];
                         const float value = i & 1 ? high(pair) : low(pair);
-                        below[r] += value * (0.5f * (mixed[c] + mixed[c + 8]) + vector[i]);
+                        below[r] += value * (0.5f * terms[r][i] + vector[i]);
                     }
             }
         }

@@ -89,7 +89,7 @@ def attend_kernel(V: int, strips: bool, device: torch.device) -> Callable[..., N
 def states_kernel(V: int, queries: bool, device: torch.device) -> Callable[..., None]:
     """The kernel for one head_dim, of keys or of queries, on one GPU."""
     source = states_source(V, queries)
-    return cuda.compile_kernel("sum_states", source, STAGES * 64 * (128 + 32 + 16), device)
+    return cuda.compile_kernel("sum_states", source, STAGES * 64 * (128 + 32) + 3 * 64 * 16, device)
 
 
 def attend_source(V: int, strips: bool) -> str:
@@ -104,7 +104,7 @@ def attend_source(V: int, strips: bool) -> str:
         "ADD_V": f"add_{V}",
         "START_KEYS": f"start_{keys}",
     }
-    return cuda.source_of(_file("attend"), constants, (V, keys, 32))
+    return cuda.source_of(_file("attend"), constants, (V, keys))
 
 
 def attend_memory(V: int) -> int:

@@ -9,7 +9,8 @@
 // (gradients: queries, last segment first), STAGES of the ring and ADD_N.
 
 constexpr int LENGTH = 256, CHUNK = 64, F = 153, THREADS = 384;
-constexpr int AT_KEYS = CHUNK * 128, AT_FACTORS = AT_KEYS + CHUNK * 32, STAGE = AT_FACTORS + CHUNK * 16;
+// A stage of the ring: values, keys. After it the factors of up to three chunks.
+constexpr int AT_KEYS = CHUNK * 128, STAGE = AT_KEYS + CHUNK * 32;
 
 // A token's factor in the normaliser, for a product of 8 columns: in two parts, then zeros.
 __device__ __forceinline__ void store_factor(u32 to, float factor) {
@@ -25,17 +26,19 @@ __device__ __forceinline__ void load_transposed(u32 (&x)[4], u32 keys, int lane)
         : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(keys + row * 32 + ((c ^ (row >> 2 & 1)) << 4)));
 }
 
-// Features of diagonal d: x times x rolled by d.
-__device__ __forceinline__ void features_of(u32 (&phi)[4], const u32 (&x)[4], int d, int from, bool wraps) {
-    const int g = threadIdx.x >> 2 & 7;
+// Features of diagonal d: x times x rolled by d, whose row g is lane `from`'s.
+template <int D> __device__ __forceinline__ void features_of(u32 (&phi)[4], const u32 (&x)[4], int d, int from, bool wraps) {
 #pragma unroll
     for (int i = 0; i < 4; i += 2) {
-        const u32 above = __shfl_sync(~0u, x[i], from), below = __shfl_sync(~0u, x[i + 1], from);
-        phi[i] = times(x[i], wraps ? below : above);
-        phi[i + 1] = times(x[i + 1], wraps ? above : below);
-        if (d == 8) phi[i] = times(x[i], x[i + 1]), phi[i + 1] = g == 0 ? 0x3F803F80 : 0;
-        if (d == 9) phi[i] = x[i], phi[i + 1] = x[i + 1];
-        if (d > 9) phi[i] = phi[i + 1] = 0;
+        if (D < 8) {
+            const u32 above = __shfl_sync(~0u, x[i], from), below = __shfl_sync(~0u, x[i + 1], from);
+            phi[i] = times(x[i], wraps ? below : above);
+            phi[i + 1] = times(x[i + 1], wraps ? above : below);
+        } else {
+            const int g = threadIdx.x >> 2 & 7;
+            phi[i] = d == 8 ? times(x[i], x[i + 1]) : d == 9 ? x[i] : 0;
+            phi[i + 1] = d == 8 ? (g == 0 ? 0x3F803F80 : 0) : d == 9 ? x[i + 1] : 0;
+        }
     }
 }
 
@@ -99,7 +102,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) sum_states(
     u16* numerator, float* normaliser, float* strip_numerator, float* strip_normaliser,
     i64 x_stride_t, i64 x_stride_h, i64 y_stride_t, i64 y_stride_h, i64 T, i64 H) {
     extern __shared__ __align__(1024) unsigned char memory[];
-    const u32 shared = address(memory);
+    const u32 shared = address(memory), factors = shared + STAGES * STAGE;
     const int thread = threadIdx.x, lane = thread & 31, g = lane >> 2, t = lane & 3;
     const int d = __shfl_sync(~0u, thread >> 5, 0);
     const int heads = (int)H, column = blockIdx.x % (V / N) * N;
@@ -110,7 +113,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) sum_states(
     const i64 first_segment = strips[strip * 4 + 3];
     if (length <= 0) return;
     const int segments = (length + LENGTH - 1) / LENGTH;
-    const int chunks = segments * (LENGTH / CHUNK);
+    // Queries' walk begins with the last segment, of which all chunks count.
+    const int chunks = QUERIES ? segments * (LENGTH / CHUNK) : (length + CHUNK - 1) / CHUNK;
 
     x += begin * x_stride_t + head * x_stride_h;
     y += begin * y_stride_t + head * y_stride_h + column;
@@ -118,37 +122,49 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) sum_states(
     const int from = ((g + d) & 7) * 4 + t;
     const bool wraps = g + (d & 7) > 7;
 
+    // A thread copies two pieces of values, 32 rows apart, or one of keys.
+    const bool has_values = thread < 4 * N, has_keys = thread >= 256;
+    const int row = has_keys ? thread - 256 >> 1 : thread / (N / 8);
+    const int part = has_keys ? thread & 1 : thread % (N / 8);
+    const u16* source = has_keys ? x + row * x_stride_t + part * 8 : y + row * y_stride_t + part * 8;
+    const i64 stride = has_keys ? x_stride_t : y_stride_t;
+    const u32 target = has_keys ? shared + AT_KEYS + row * 32 + ((part ^ (row >> 2 & 1)) << 4)
+                                : shared + row * 128 + ((part ^ (row & 7)) << 4);
     // First token of chunk number c, in the order of the walk.
     const auto token_of = [&](int c) {
         const int number = c / (LENGTH / CHUNK);
         return (QUERIES ? segments - 1 - number : number) * LENGTH + c % (LENGTH / CHUNK) * CHUNK;
     };
     const auto load = [&](int c) {
-        if (c < chunks) {
-            const u32 stage = shared + c % STAGES * STAGE;
+        if (c < chunks && (has_values || has_keys)) {
+            const u32 to = target + c % STAGES * STAGE;
             const int token = token_of(c);
-            for (int i = thread; i < CHUNK * (N / 8); i += THREADS) {
-                const int row = i / (N / 8), part = i % (N / 8);
-                copy16(stage + row * 128 + ((part ^ (row & 7)) << 4), y + (token + row) * y_stride_t + part * 8, token + row < length);
-            }
-            const int i = thread - (THREADS - 2 * CHUNK), row = i >> 1, part = i & 1;
-            if (i >= 0)
-                copy16(stage + AT_KEYS + row * 32 + ((part ^ (row >> 2 & 1)) << 4), x + (token + row) * x_stride_t + part * 8, token + row < length);
+            const u16* from = source + token * stride;
+            copy16(to, from, token + row < length);
+            if (has_values) copy16(to + 32 * 128, from + 32 * stride, token + row + 32 < length);
         }
         commit_copies();
     };
+    // Factors in the normaliser: of keys 1, and of the last chunk's tokens past the end 0.
     const auto factor_of = [&](int c) {
         const int token = token_of(c) + thread;
         if (c >= chunks || thread >= CHUNK || token >= length) return 0.0f;
         return QUERIES ? delta[token] : 1.0f;
     };
-    const auto put_factor = [&](int c, float factor) {
-        if (thread < CHUNK) store_factor(shared + c % STAGES * STAGE + AT_FACTORS + thread * 16, factor);
+    const auto put_factor = [&](int place, float factor) {
+        if (thread < CHUNK) store_factor(factors + place * CHUNK * 16 + thread * 16, factor);
     };
 
+    float factor = 0;
+    if (QUERIES) {
+        put_factor(0, factor_of(0));
+        factor = factor_of(1);
+    } else {
+        put_factor(0, 1);
+        put_factor(1, factor_of(chunks - 1));
+        stores_before_wgmma();
+    }
     for (int c = 0; c < STAGES - 2; c++) load(c);
-    put_factor(0, factor_of(0));
-    float factor = factor_of(1);
     float acc[N / 2], sums[4];
 #pragma unroll
     for (int i = 0; i < N / 2; i++) acc[i] = 0;
@@ -157,18 +173,30 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) sum_states(
 
 #pragma unroll 1
     for (int c = 0; c < chunks; c++) {
-        put_factor(c + 1, factor);
+        if (QUERIES) {
+            put_factor((c + 1) % 3, factor);
+            stores_before_wgmma();
+        }
         await_copies<STAGES - 3>();
         __syncthreads();
         load(c + STAGES - 2);
-        factor = factor_of(c + 2);
+        if (QUERIES) factor = factor_of(c + 2);
         const u32 stage = shared + c % STAGES * STAGE;
         u32 phi[CHUNK / 16][4];
+        if (d < 8) {
 #pragma unroll
-        for (int part = 0; part < CHUNK / 16; part++) {
-            u32 keys[4];
-            load_transposed(keys, stage + AT_KEYS + part * 16 * 32, lane);
-            features_of(phi[part], keys, d, from, wraps);
+            for (int i = 0; i < CHUNK / 16; i++) {
+                u32 keys[4];
+                load_transposed(keys, stage + AT_KEYS + i * 16 * 32, lane);
+                features_of<0>(phi[i], keys, d, from, wraps);
+            }
+        } else {
+#pragma unroll
+            for (int i = 0; i < CHUNK / 16; i++) {
+                u32 keys[4];
+                load_transposed(keys, stage + AT_KEYS + i * 16 * 32, lane);
+                features_of<8>(phi[i], keys, d, from, wraps);
+            }
         }
         if (c > 0 && c % (LENGTH / CHUNK) == 0) {
             const int number = c / (LENGTH / CHUNK), segment = QUERIES ? segments - 1 - number : number;
@@ -176,14 +204,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) sum_states(
             store_rounded(numerator + slot * F * V + column, acc, d, g, t);
             if (column == 0) store_sums(normaliser + slot * F, sums, d, g, t);
         }
-        const u64 values = descriptor<1>(stage, 0, 1024), factors = descriptor<0>(stage + AT_FACTORS, 128, 128);
+        const int place = QUERIES ? c % 3 : c == chunks - 1;
+        const u64 values = descriptor<1>(stage, 0, 1024);
+        const u64 weights = descriptor<0>(factors + place * CHUNK * 16, 128, 128);
         settle(acc);
         settle(sums);
         wgmma_fence();
 #pragma unroll
-        for (int part = 0; part < CHUNK / 16; part++) {
-            ADD_N<1>(acc, phi[part], values + part * 128);
-            add_8<1>(sums, phi[part], factors + part * 16);
+        for (int i = 0; i < CHUNK / 16; i++) {
+            ADD_N<1>(acc, phi[i], values + i * 128);
+            add_8<1>(sums, phi[i], weights + i * 16);
         }
         wgmma_commit();
         wgmma_wait<0>();

@@ -21,7 +21,9 @@ SHARED_SIZE = 8
 Argument = Tensor | int | float
 
 
-def source_of(path: Path, constants: dict[str, int | bool | str], widths: Sequence[int]) -> str:
+def source_of(
+    paths: Sequence[Path], constants: dict[str, int | bool | str], widths: Sequence[int]
+) -> str:
     """The whole text of a kernel; constants that are text become macros."""
     lines = [
         f"#define {name} {value}"
@@ -31,7 +33,7 @@ def source_of(path: Path, constants: dict[str, int | bool | str], widths: Sequen
     ]
     wrappers = [_wgmma(width) for width in sorted(set(widths))]
     shared = (Path(__file__).parent / "hopper.cuh").read_text()
-    return "\n".join([shared, *wrappers, *lines, path.read_text()])
+    return "\n".join([shared, *wrappers, *lines, *(path.read_text() for path in paths)])
 
 
 def _wgmma(n: int) -> str:

@@ -44,10 +44,20 @@ __device__ __forceinline__ void store16(u32 to, uint4_ x) {
 __device__ __forceinline__ void store4(u32 to, u32 x) {
     asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(x) : "memory");
 }
-__device__ __forceinline__ uint4_ load16(u32 from) {
-    uint4_ x;
-    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(from) : "memory");
+__device__ __forceinline__ u32 load4(u32 from) {
+    u32 x;
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(from) : "memory");
     return x;
+}
+
+// Brings 32 bytes into the first cache. Its word must be kept somewhere, or the load is left out.
+__device__ __forceinline__ u32 touch(const void* from) {
+    u32 word;
+    asm volatile("ld.global.b32 %0, [%1];" : "=r"(word) : "l"(from));
+    return word;
+}
+__device__ __forceinline__ void keep(u32 to, u32 word) {
+    asm volatile("st.volatile.shared.b32 [%0], %1;" ::"r"(to), "r"(word) : "memory");
 }
 
 // One warp's product, d += a b: a is 16 x 16, b 16 x 8, all in registers.

@@ -1,7 +1,7 @@
-"""Forward kernels on Hopper in CUDA C++, where they take the place of Triton's.
+"""The kernels on Hopper in CUDA C++, where they take the place of Triton's.
 
-`attend.cu` computes what `outputs.attend` does, `sum_states.cu` what `states.sum_states`
-does, at feature_dim 16 in bfloat16.
+`sum_states.cu`, `attend.cu`, `query_gradients.cu` and `key_gradients.cu` compute what the
+Triton kernels of these names do, at feature_dim 16 in bfloat16, and fill the same tensors.
 """
 
 from collections.abc import Callable
@@ -14,15 +14,21 @@ from torch import Tensor
 from based.ops import cuda
 from based.ops.cuda import Argument
 
-LENGTH = 256
+# As the sources have them: tokens of a segment, of a chunk of sum_states, rows of a state.
+LENGTH, CHUNK, ROWS = 256, 64, 160
 FEATURE_DIM = 16
 LARGEST_HEAD_DIM = 128
-# Chunks of 64 tokens in a ring, of which all but two are on their way.
+# Chunks of sum_states in a ring, of which all but two are on their way.
 STAGES = 6
+
+StateTensors = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def takes(x: Tensor, y: Tensor, *others: Tensor) -> bool:
-    """Whether tensors [1, T, H, D] have the dtype, sizes and alignment that the kernels read."""
+    """Whether tensors [1, T, H, D] have the dtype, sizes and alignment that the kernels read.
+
+    x is keys or queries, y has the values' size.
+    """
     tensors = (x, y, *others)
     if any(tensor.dtype != torch.bfloat16 for tensor in tensors):
         return False
@@ -36,6 +42,17 @@ def takes(x: Tensor, y: Tensor, *others: Tensor) -> bool:
     return aligned and cuda.is_hopper(x.device)
 
 
+def sum_states(
+    x: Tensor, y: Tensor, delta: Tensor | None, strips: Tensor, states: StateTensors
+) -> None:
+    """Fills `states` as `states.sum_states` does; of queries, where there is a delta."""
+    H, V = y.shape[2:]
+    run = _states_kernel(V, delta is not None, x.device)
+    grid = len(strips) * H * (V // _columns(V))
+    inputs = x, y, x if delta is None else delta, strips
+    run(grid, 384, *inputs, *states, *_strides(x, y), x.shape[1], H)
+
+
 def attend(
     q: Tensor,
     k: Tensor,
@@ -43,36 +60,59 @@ def attend(
     out: Tensor,
     inverse: Tensor,
     segments: Tensor,
-    states: tuple[Tensor, Tensor, Tensor, Tensor],
+    states: StateTensors,
 ) -> None:
     """Fills `out` and `inverse` as `outputs.attend` does."""
-    H, V = v.shape[2:]
-    run = attend_kernel(V, states[2].numel() > 0, q.device)
-    run(
-        len(segments) * H,
-        256,
-        *(q, k, v, out, inverse, segments),
-        *states,
-        *_strides(q, k, v),
-        q.shape[1],
-        H,
-        FEATURE_DIM**-0.5,
-    )
+    _run_segments("attend", (q, k, v), (out, inverse), segments, states, (q, k, v))
 
 
-def sum_states(
-    x: Tensor,
-    y: Tensor,
-    delta: Tensor | None,
-    strips: Tensor,
-    states: tuple[Tensor, Tensor, Tensor, Tensor],
+def query_gradients(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    d_out: Tensor,
+    inverse: Tensor,
+    g: Tensor,
+    delta: Tensor,
+    d_q: Tensor,
+    segments: Tensor,
+    states: StateTensors,
 ) -> None:
-    """Fills `states` as `states.sum_states` does; of queries, where there is a delta."""
-    H, V = y.shape[2:]
-    run = states_kernel(V, delta is not None, x.device)
-    grid = len(strips) * H * (V // _columns(V))
-    inputs = x, y, x if delta is None else delta, strips
-    run(grid, 384, *inputs, *states, *_strides(x, y), x.shape[1], H)
+    """Fills `g`, `delta` and `d_q` as `gradients.query_gradients` does."""
+    inputs, results = (q, k, v, out, d_out, inverse), (g, delta, d_q)
+    _run_segments("query_gradients", inputs, results, segments, states, (q, k, v, d_out))
+
+
+def key_gradients(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    delta: Tensor,
+    d_k: Tensor,
+    d_v: Tensor,
+    segments: Tensor,
+    states: StateTensors,
+) -> None:
+    """Fills `d_k` and `d_v` as `gradients.key_gradients` does."""
+    inputs, results = (q, k, v, g, delta), (d_k, d_v)
+    _run_segments("key_gradients", inputs, results, segments, states, (q, k, v))
+
+
+def _run_segments(
+    name: str,
+    inputs: tuple[Tensor, ...],
+    results: tuple[Tensor, ...],
+    segments: Tensor,
+    states: StateTensors,
+    strided: tuple[Tensor, ...],
+) -> None:
+    """One of the kernels that read states: a block has a segment and a head."""
+    T, H, V = strided[2].shape[1:]
+    run = _segment_kernel(name, V, states[2].numel() > 0, segments.device)
+    sizes = *_strides(*strided), T, H, FEATURE_DIM**-0.5
+    run(len(segments) * H, 256, *inputs, *results, segments, *states, *sizes)
 
 
 def _strides(*tensors: Tensor) -> list[Argument]:
@@ -80,44 +120,44 @@ def _strides(*tensors: Tensor) -> list[Argument]:
 
 
 @cache
-def attend_kernel(V: int, strips: bool, device: torch.device) -> Callable[..., None]:
-    """The kernel for one head_dim, with states of strips or without, on one GPU."""
-    return cuda.compile_kernel("attend", attend_source(V, strips), attend_memory(V), device)
+def _segment_kernel(
+    name: str, V: int, strips: bool, device: torch.device
+) -> Callable[..., None]:
+    panels = -(-V // 64)
+    shared = panels * 128 * (ROWS + LENGTH) + LENGTH * 32 + 1024
+    return cuda.compile_kernel(name, segment_source(name, V, strips), shared, device)
 
 
 @cache
-def states_kernel(V: int, queries: bool, device: torch.device) -> Callable[..., None]:
-    """The kernel for one head_dim, of keys or of queries, on one GPU."""
-    source = states_source(V, queries)
-    return cuda.compile_kernel("sum_states", source, STAGES * 64 * (128 + 32) + 3 * 64 * 16, device)
+def _states_kernel(V: int, queries: bool, device: torch.device) -> Callable[..., None]:
+    shared = STAGES * CHUNK * (128 + 32) + 3 * CHUNK * 16
+    return cuda.compile_kernel("sum_states", states_source(V, queries), shared, device)
 
 
-def attend_source(V: int, strips: bool) -> str:
-    """The text of `attend`."""
-    keys = 64 if V <= 64 else 32
+def segment_source(name: str, V: int, strips: bool) -> str:
+    """The text of a kernel that reads states, with those of strips or without."""
+    wide = V <= 64 and name == "attend"
+    keys = 64 if wide else 32
     constants = {
         "V": V,
         "STRIPS": strips,
         # Keys whose weights, and blocks of features whose products, are in registers together.
         "KEYS": keys,
-        "BATCH": 5 if V <= 64 else 2,
+        "BATCH": 5 if wide else 2,
         "ADD_V": f"add_{V}",
         "START_KEYS": f"start_{keys}",
+        "ADD_KEYS": f"add_{keys}",
     }
-    return cuda.source_of(_file("attend"), constants, (V, keys))
-
-
-def attend_memory(V: int) -> int:
-    """Bytes of its shared memory: state and values in panels of 64 columns, keys, the mixer."""
-    panels = -(-V // 64)
-    return panels * 128 * (160 + LENGTH) + LENGTH * 32 + 1024
+    shared = ["segment.cuh"] if name == "attend" else ["segment.cuh", "gradients.cuh"]
+    files = [_file(file) for file in (*shared, f"{name}.cu")]
+    return cuda.source_of(files, constants, (V, keys, 32, 16))
 
 
 def states_source(V: int, queries: bool) -> str:
     """The text of `sum_states`."""
     N = _columns(V)
     constants = {"V": V, "N": N, "QUERIES": queries, "STAGES": STAGES, "ADD_N": f"add_{N}"}
-    return cuda.source_of(_file("sum_states"), constants, (N, 8))
+    return cuda.source_of([_file("sum_states.cu")], constants, (N, 8))
 
 
 def _columns(V: int) -> int:
@@ -126,4 +166,4 @@ def _columns(V: int) -> int:
 
 
 def _file(name: str) -> Path:
-    return Path(__file__).with_name(f"{name}.cu")
+    return Path(__file__).with_name(name)

@@ -265,47 +265,56 @@ def backward(
     g = v.new_empty(v.shape, dtype=shape.dtype)
     H, M, T = shape.heads, len(segments.segments), q.shape[1]
     strides = [stride for x in (q, k, v) for stride in x.stride()[1:3]]
-    query_gradients[(M * H,)](
-        q,
-        k,
-        v,
-        out,
-        d_out,
-        inverse,
-        g,
-        delta,
-        d_q,
-        segments.segments,
-        *states,
-        *strides,
-        *d_out.stride()[1:3],
-        T,
-        H,
-        HAS_STATE=states.strip_numerator.numel() > 0,
-        DTYPE=shape.products,
-        **shape.constants(shape.tiles.query_gradients),
-    )
+    # Hopper's kernels, where they take these tensors, fill the same ones.
+    fast = hopper.takes(q, v, k, d_out)
+    if fast:
+        results = g, delta, d_q, segments.segments
+        hopper.query_gradients(q, k, v, out, d_out, inverse, *results, states)
+    else:
+        query_gradients[(M * H,)](
+            q,
+            k,
+            v,
+            out,
+            d_out,
+            inverse,
+            g,
+            delta,
+            d_q,
+            segments.segments,
+            *states,
+            *strides,
+            *d_out.stride()[1:3],
+            T,
+            H,
+            HAS_STATE=states.strip_numerator.numel() > 0,
+            DTYPE=shape.products,
+            **shape.constants(shape.tiles.query_gradients),
+        )
     after = States(q.new_empty(0, dtype=shape.dtype), *nothing(q, 3))
     d_initial, d_initial_normaliser = nothing(q, 2)
     if states.numerator.numel() or d_numerator is not None:
         after, d_initial, d_initial_normaliser = run_states(
             shape, segments, q, g, (d_numerator, d_denominator), delta
         )
-    key_gradients[(M * H,)](
-        q,
-        k,
-        v,
-        g,
-        delta,
-        d_k,
-        d_v,
-        segments.segments,
-        *after,
-        *strides,
-        T,
-        H,
-        HAS_STATE=after.strip_numerator.numel() > 0,
-        DTYPE=shape.products,
-        **shape.constants(shape.tiles.key_gradients),
-    )
+    if fast:
+        hopper.key_gradients(q, k, v, g, delta, d_k, d_v, segments.segments, after)
+    else:
+        key_gradients[(M * H,)](
+            q,
+            k,
+            v,
+            g,
+            delta,
+            d_k,
+            d_v,
+            segments.segments,
+            *after,
+            *strides,
+            T,
+            H,
+            HAS_STATE=after.strip_numerator.numel() > 0,
+            DTYPE=shape.products,
+            **shape.constants(shape.tiles.key_gradients),
+        )
     return d_q, d_k, d_v, d_initial, d_initial_normaliser

@@ -1,0 +1,169 @@
+// Gradients of q and k on Hopper, at feature_dim 16: what both kernels' passes share.
+//
+// Here the left side of products, y, is g (for q) or v (for k), 64 rows in registers. Products of
+// y with rows of a state are the gradients of features; with rows of v (or g), those of weights.
+
+// y's rows as the left side of V / 16 products.
+typedef u32 Left[V / 16][4];
+
+// Sixteen values of a row each move to the next column; the last becomes the first.
+__device__ __forceinline__ void roll(float (&x)[4], int t) {
+    const int from = (threadIdx.x & 28) | ((t + 3) & 3);
+    const float even = __shfl_sync(~0u, x[1], from), odd = __shfl_sync(~0u, x[3], from);
+    x[1] = x[0], x[3] = x[2];
+    x[0] = t > 0 ? even : odd, x[2] = t > 0 ? odd : even;
+}
+
+// y times 32 rows of a state, 32 * block on: gradients of features.
+__device__ __forceinline__ void start_features(float (&d_phi)[16], const Left& y, u32 shared, int block) {
+    wgmma_fence();
+#pragma unroll
+    for (int part = 0; part < V / 16; part++) {
+        const u64 rows = descriptor<1>(shared + part / 4 * STATE_PANEL + block * 32 * 128 + part % 4 * 32, 16, 1024);
+        if (part == 0) start_32<0>(d_phi, y[part], rows);
+        else add_32<0>(d_phi, y[part], rows);
+    }
+    wgmma_commit();
+}
+
+// The gradient of x through its features, of rows g and g + 8 the thread's four columns. Taylor
+// weights: queries' are 1/16 for products, all of which is left to the caller.
+template <bool QUERIES> __device__ __forceinline__ void state_gradient(
+    float (&d_x)[2][4], const u32 (&x)[2][8], const u32 (&own)[4], const Left& y, u32 shared, int t) {
+    float rolled[2][4] = {{0, 0, 0, 0}, {0, 0, 0, 0}};  // second factors' gradients, rolled back a step a diagonal
+    float d_phi[2][16];
+    start_features(d_phi[0], y, shared, 4);
+#pragma unroll
+    for (int step = 0; step < 5; step++) {
+        float (&now)[16] = d_phi[step & 1];
+        if (step < 4) {
+            start_features(d_phi[1 - (step & 1)], y, shared, 3 - step);
+            wgmma_wait<1>();
+        } else {
+            wgmma_wait<0>();
+        }
+        settle(now);
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            // now[4 j + 2 r + n]: row r, column 8 j + 2 t + n.
+            if (step == 0) {
+#pragma unroll
+                for (int n = 0; n < 2; n++) {
+                    const float half = now[2 * r + n];
+                    d_x[r][n] = half * value_of(own, r, 2 + n);
+                    d_x[r][2 + n] = half * value_of(own, r, n);
+                }
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+                    d_x[r][i] += (QUERIES ? 4 : 1) * now[8 + (i >> 1) * 4 + 2 * r + (i & 1)];
+                continue;
+            }
+#pragma unroll
+            for (int odd = 1; odd >= 0; odd--) {
+                const int d = 2 * (4 - step) + odd;
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    const float gradient = now[8 * odd + (i >> 1) * 4 + 2 * r + (i & 1)];
+                    const u32 pair = shifted(x[r], d + (i >> 1) * 8);
+                    const float second = i & 1 ? high(pair) : low(pair);
+                    if (d == 0) d_x[r][i] += gradient * second * (QUERIES ? 1 : 2);
+                    else d_x[r][i] += gradient * second, rolled[r][i] += gradient * value_of(own, r, i);
+                }
+                if (d > 0) roll(rolled[r], t);
+            }
+        }
+    }
+#pragma unroll
+    for (int r = 0; r < 2; r++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) d_x[r][i] += rolled[r][i];
+}
+
+// s and the gradients of weights of a block of pairs.
+__device__ __forceinline__ void start_pairs(
+    float (&s)[KEYS / 2], float (&d_a)[KEYS / 2], const u32 (&own)[4], const Left& y, u64 keys, u32 values) {
+    START_KEYS<0>(s, own, keys);
+#pragma unroll
+    for (int part = 0; part < V / 16; part++) {
+        const u64 rows = descriptor<1>(values + part / 4 * VALUE_PANEL + part % 4 * 32, 16, 1024);
+        if (part == 0) START_KEYS<0>(d_a, y[part], rows);
+        else ADD_KEYS<0>(d_a, y[part], rows);
+    }
+}
+
+// Gradients of s, as the left side of a product: that of a plus delta, times 1 + s, scaled. delta is
+// a row's, or (LATER) a column's, from `deltas` on; none past `left` columns.
+template <bool MASKED, bool LATER> __device__ __forceinline__ void weigh_gradients(
+    u32 (&d_s)[KEYS / 16][4], const float (&s)[KEYS / 2], const float (&d_a)[KEYS / 2],
+    const float (&delta)[2], const float* deltas, int left, int row, int column, float scale) {
+    const float square = scale * scale;
+#pragma unroll
+    for (int i = 0; i < KEYS / 2; i += 2) {
+        float x[2];
+#pragma unroll
+        for (int n = 0; n < 2; n++) {
+            const int place = (i >> 2) * 8 + n;
+            float added = delta[i >> 1 & 1];
+            if (LATER) added = place + column < left ? deltas[place + column] : 0;
+            x[n] = (d_a[i + n] + added) * (scale + s[i + n] * square);
+            const int beyond = place + column - row - (i & 2) * 4;
+            if (MASKED && (LATER ? beyond < 0 : beyond > 0)) x[n] = 0;
+        }
+        d_s[i >> 3][i >> 1 & 3] = pack(x[0], x[1]);
+    }
+}
+
+// d_x and what the pairs of 64 rows and columns up to (LATER: from) each row's own add; `deltas`
+// begin at the segment's first token.
+template <bool LATER> __device__ __forceinline__ void pair_gradient(
+    float (&d_x)[8], const u32 (&own)[4], const Left& y, const float (&delta)[2], const float* deltas, int length,
+    u32 shared, int tile, int count, int row, int column, float scale) {
+    constexpr int STEP = LATER ? -1 : 1, PARTS = TILE / KEYS;
+    int block = LATER ? (tile + 1) * PARTS + count - 1 : 0;
+    const u64 keys = descriptor<3>(shared + AT_KEYS, 0, 256), keys_down = descriptor<3>(shared + AT_KEYS, 0, 256);
+    const u32 values = shared + AT_VALUES;
+    float s[KEYS / 2], d_a[KEYS / 2];
+    u32 d_s[KEYS / 16][4];
+#pragma unroll
+    for (int i = 0; i < 8; i++) d_x[i] = 0;
+    wgmma_fence();
+    start_pairs(s, d_a, own, y, keys + block * KEYS * 2, values + block * KEYS * 128);
+    wgmma_commit();
+    wgmma_wait<0>();
+#pragma unroll 1
+    for (int n = 0; n < count; n++) {
+        settle(s);
+        settle(d_a);
+        weigh_gradients<false, LATER>(d_s, s, d_a, delta, deltas + block * KEYS, length - block * KEYS, row, column, scale);
+        const int next = block + STEP;
+        settle(s);
+        settle(d_a);
+        settle(d_x);
+        wgmma_fence();
+        start_pairs(s, d_a, own, y, keys + next * KEYS * 2, values + next * KEYS * 128);
+#pragma unroll
+        for (int part = 0; part < KEYS / 16; part++) add_16<1>(d_x, d_s[part], keys_down + block * KEYS * 2 + part * 32);
+        wgmma_commit();
+        block = next;
+        wgmma_wait<0>();
+    }
+#pragma unroll
+    for (int n = 0; n < PARTS; n++) {
+        settle(s);
+        settle(d_a);
+        const int offset = (LATER ? PARTS - 1 - n : n) * KEYS;
+        weigh_gradients<true, LATER>(d_s, s, d_a, delta, deltas + tile * TILE, length - tile * TILE, row, column + offset, scale);
+        const int next = block + STEP;
+        settle(s);
+        settle(d_a);
+        settle(d_x);
+        wgmma_fence();
+        if (n + 1 < PARTS) start_pairs(s, d_a, own, y, keys + next * KEYS * 2, values + next * KEYS * 128);
+#pragma unroll
+        for (int part = 0; part < KEYS / 16; part++) add_16<1>(d_x, d_s[part], keys_down + block * KEYS * 2 + part * 32);
+        wgmma_commit();
+        block = next;
+        wgmma_wait<0>();
+    }
+    settle(d_x);
+}

@@ -1,0 +1,123 @@
+// d_k and d_v on Hopper: what kernels/gradients.py's key_gradients computes, at feature_dim 16. The
+// state here is the gradient of the state after the segment. Two passes, one for each result.
+
+// Blocks of queries beyond the keys' own tile.
+__device__ __forceinline__ int later_blocks(int length, int tile) {
+    return max(0, (length - (tile + 1) * TILE + KEYS - 1) / KEYS);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 2) key_gradients(
+    const u16* q, const u16* k, const u16* v, const u16* g_in, const float* delta,
+    u16* d_k, u16* d_v, const int* segments,
+    const u16* numerator, const float* normaliser,
+    const float* strip_numerator, const float* strip_normaliser,
+    i64 q_stride_t, i64 q_stride_h, i64 k_stride_t, i64 k_stride_h, i64 v_stride_t, i64 v_stride_h,
+    i64 T, i64 H, float scale) {
+    extern __shared__ __align__(1024) unsigned char memory[];
+    const u32 shared = address(memory);
+    const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5 & 3;
+    const int half = __shfl_sync(~0u, thread >> 7, 0);
+    const int g = lane >> 2, t = lane & 3;
+    const auto [begin, slot, strip_slot, head, length, inside, has_state] = segment_of(segments, H, true);
+    if (length <= 0) return;
+
+    q += begin * q_stride_t + head * q_stride_h;
+    k += begin * k_stride_t + head * k_stride_h;
+    v += begin * v_stride_t + head * v_stride_h;
+    g_in += (begin * H + head) * V;
+    d_v += (begin * H + head) * V;
+    d_k += (begin * H + head) * 16;
+    delta += head * T + begin;
+    numerator += slot * F * V;
+    normaliser += slot * F;
+    strip_numerator += strip_slot * F * V;
+    strip_normaliser += strip_slot * F;
+
+    const u32 touched = thread < length ? touch(k + thread * k_stride_t) : 0;
+    float2_ terms = {0, 0};
+    if (has_state) {
+        if (!STRIPS) load_state(shared, numerator, strip_numerator, inside, thread);
+        terms = read_terms<false>(normaliser, strip_normaliser, inside, thread);
+    }
+    commit_copies();
+    load_rows(shared, q, q_stride_t, g_in, H * V, length, thread);
+    commit_copies();
+    keep(shared + AT_MIXER + thread * 4, touched);
+    if (has_state) write_terms(shared + AT_MIXER, terms, thread);
+    if (STRIPS) {
+        load_state(shared, numerator, strip_numerator, inside, thread);
+        stores_before_wgmma();
+    }
+    await_copies<1>();
+    __syncthreads();
+
+#pragma unroll 1
+    for (int turn = 0; turn < 2; turn++) {
+        const int tile = turn == 0 ? half : 3 - half;
+        const int row = tile * TILE + warp * 16 + g;
+        const bool any = tile * TILE < length;
+        float acc[V / 2], nothing[2];
+#pragma unroll
+        for (int i = 0; i < V / 2; i++) acc[i] = 0;
+        u32 own[4];
+        if (any) {
+            u32 x[2][8];
+            load_own(x, k, k_stride_t, row, length, t);
+            own[0] = x[0][0], own[1] = x[1][0], own[2] = x[0][4], own[3] = x[1][4];
+            if (has_state) read_state<false>(acc, x, shared, t);
+        }
+        if (turn == 0) {
+            await_copies<0>();
+            __syncthreads();
+        }
+        if (!any) continue;
+        add_pairs<true>(acc, nothing, own, shared, tile, later_blocks(length, tile), warp * 16 + g, 2 * t, scale);
+#pragma unroll
+        for (int r = 0; r < 2; r++)
+#pragma unroll
+            for (int i = 2 * r; i < V / 2; i += 8)
+                store_words(d_v + (i64)(row + 8 * r) * H * V + i / 4 * 8, pack(acc[i], acc[i + 1]),
+                    pack(acc[i + 4], acc[i + 5]), t, row + 8 * r < length);
+    }
+
+#pragma unroll 1
+    for (int turn = 0; turn < 2; turn++) {
+        const int tile = turn == 0 ? half : 3 - half;
+        const int row = tile * TILE + warp * 16 + g;
+        if (tile * TILE >= length) break;
+        float d_x[2][4] = {{0, 0, 0, 0}, {0, 0, 0, 0}};
+        u32 own[4];
+        Left y;
+#pragma unroll
+        for (int r = 0; r < 2; r++)
+#pragma unroll
+            for (int part = 0; part < V / 16; part++)
+                load_words(y[part][r], y[part][r + 2], v + (row + 8 * r) * v_stride_t + part * 16, t, row + 8 * r < length);
+        {
+            u32 x[2][8];
+            load_own(x, k, k_stride_t, row, length, t);
+            own[0] = x[0][0], own[1] = x[1][0], own[2] = x[0][4], own[3] = x[1][4];
+            if (has_state) {
+                state_gradient<false>(d_x, x, own, y, shared, t);
+                float second[2][4];
+                times_terms(second, own, shared, lane);
+#pragma unroll
+                for (int r = 0; r < 2; r++)
+#pragma unroll
+                    for (int i = 0; i < 4; i++)
+                        d_x[r][i] += second[r][i] + sum_of(normaliser, strip_normaliser, inside, 1 + 2 * t + (i & 1) + (i >> 1) * 8);
+            }
+        }
+        float pairs[8];
+        const float none[2] = {0, 0};
+        pair_gradient<true>(pairs, own, y, none, delta, length, shared, tile, later_blocks(length, tile), warp * 16 + g, 2 * t, scale);
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            u32 words[2];
+#pragma unroll
+            for (int side = 0; side < 2; side++)
+                words[side] = pack(d_x[r][2 * side] + pairs[4 * side + 2 * r], d_x[r][2 * side + 1] + pairs[4 * side + 2 * r + 1]);
+            store_words(d_k + (i64)(row + 8 * r) * H * 16, words[0], words[1], t, row + 8 * r < length);
+        }
+    }
+}

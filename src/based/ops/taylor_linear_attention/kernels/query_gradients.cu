@@ -1,0 +1,115 @@
+// d_q, g and delta on Hopper: what kernels/gradients.py's query_gradients computes, at feature_dim 16.
+
+extern "C" __global__ void __launch_bounds__(THREADS, 2) query_gradients(
+    const u16* q, const u16* k, const u16* v, const u16* out, const u16* d_out, const float* inverse,
+    u16* g_out, float* delta_out, u16* d_q, const int* segments,
+    const u16* numerator, const float* normaliser,
+    const float* strip_numerator, const float* strip_normaliser,
+    i64 q_stride_t, i64 q_stride_h, i64 k_stride_t, i64 k_stride_h, i64 v_stride_t, i64 v_stride_h,
+    i64 d_stride_t, i64 d_stride_h, i64 T, i64 H, float scale) {
+    extern __shared__ __align__(1024) unsigned char memory[];
+    const u32 shared = address(memory);
+    const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5 & 3;
+    const int half = __shfl_sync(~0u, thread >> 7, 0);
+    const int g = lane >> 2, t = lane & 3;
+    const auto [begin, slot, strip_slot, head, length, inside, has_state] = segment_of(segments, H, false);
+    if (length <= 0) return;
+
+    q += begin * q_stride_t + head * q_stride_h;
+    k += begin * k_stride_t + head * k_stride_h;
+    v += begin * v_stride_t + head * v_stride_h;
+    d_out += begin * d_stride_t + head * d_stride_h;
+    out += (begin * H + head) * V;
+    g_out += (begin * H + head) * V;
+    d_q += (begin * H + head) * 16;
+    inverse += head * T + begin;
+    delta_out += head * T + begin;
+    numerator += slot * F * V;
+    normaliser += slot * F;
+    strip_numerator += strip_slot * F * V;
+    strip_normaliser += strip_slot * F;
+
+    const u32 touched = thread < length ? touch(q + thread * q_stride_t) : 0;
+    float vector[4] = {0, 0, 0, 0};
+    float2_ terms = {0, 0};
+    if (has_state) {
+        if (!STRIPS) load_state(shared, numerator, strip_numerator, inside, thread);
+        terms = read_terms<true>(normaliser, strip_normaliser, inside, thread);
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            vector[i] = scale * sum_of(normaliser, strip_normaliser, inside, 1 + 2 * t + (i & 1) + (i >> 1) * 8);
+    }
+    load_rows(shared, k, k_stride_t, v, v_stride_t, length, thread);
+    commit_copies();
+    keep(shared + AT_MIXER + thread * 4, touched);
+    if (has_state) write_terms(shared + AT_MIXER, terms, thread);
+    if (STRIPS) {
+        load_state(shared, numerator, strip_numerator, inside, thread);
+        stores_before_wgmma();
+    }
+
+#pragma unroll 1
+    for (int turn = 0; turn < 2; turn++) {
+        const int tile = turn == 0 ? half : 3 - half;
+        const int first = tile * TILE, row = first + warp * 16 + g;
+        const bool any = first < length;
+        Left y;
+        float delta[2];
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            const bool real = row + 8 * r < length;
+            const float one_over = real ? inverse[row + 8 * r] : 0;
+            const i64 at = (i64)(row + 8 * r) * H * V;
+            float sum = 0;
+#pragma unroll
+            for (int part = 0; part < V / 16; part++) {
+                u32 d[2], o[2];
+                load_words(d[0], d[1], d_out + (row + 8 * r) * d_stride_t + part * 16, t, real);
+                load_words(o[0], o[1], out + at + part * 16, t, real);
+#pragma unroll
+                for (int side = 0; side < 2; side++) {
+                    const u32 word = pack(low(d[side]) * one_over, high(d[side]) * one_over);
+                    // Of g as it was rounded: what v has in common cancels in g . (v - out).
+                    sum += low(word) * low(o[side]) + high(word) * high(o[side]);
+                    y[part][r + 2 * side] = word;
+                }
+                store_words(g_out + at + part * 16, y[part][r], y[part][r + 2], t, real);
+            }
+            sum += __shfl_xor_sync(~0u, sum, 1);
+            sum += __shfl_xor_sync(~0u, sum, 2);
+            delta[r] = -sum;
+            if (real && t == 0) delta_out[row + 8 * r] = -sum;
+        }
+        if (turn == 0) {
+            await_copies<0>();
+            __syncthreads();
+        }
+        if (!any) continue;
+        float d_x[2][4] = {{0, 0, 0, 0}, {0, 0, 0, 0}}, pairs[8];
+        u32 own[4];
+        {
+            u32 x[2][8];
+            load_own(x, q, q_stride_t, row, length, t);
+            own[0] = x[0][0], own[1] = x[1][0], own[2] = x[0][4], own[3] = x[1][4];
+            if (has_state) {
+                state_gradient<true>(d_x, x, own, y, shared, t);
+                float second[2][4];
+                times_terms(second, own, shared, lane);
+#pragma unroll
+                for (int r = 0; r < 2; r++)
+#pragma unroll
+                    for (int i = 0; i < 4; i++)
+                        d_x[r][i] = d_x[r][i] * (1.0f / 16) + delta[r] * (second[r][i] + vector[i]);
+            }
+        }
+        pair_gradient<false>(pairs, own, y, delta, nullptr, length, shared, tile, tile * (TILE / KEYS), warp * 16 + g, 2 * t, scale);
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            u32 words[2];
+#pragma unroll
+            for (int side = 0; side < 2; side++)
+                words[side] = pack(d_x[r][2 * side] + pairs[4 * side + 2 * r], d_x[r][2 * side + 1] + pairs[4 * side + 2 * r + 1]);
+            store_words(d_q + (i64)(row + 8 * r) * H * 16, words[0], words[1], t, row + 8 * r < length);
+        }
+    }
+}

@@ -1,0 +1,256 @@
+// What the kernels of a segment share on Hopper, at feature_dim 16: attend.cu, gradients.cu.
+//
+// One block of two warpgroups has a segment of 256 tokens and one head. A state and all rows of
+// two tensors stand in shared memory, as wgmma reads them; a warpgroup takes 64 rows of the
+// others at a time, twice (tiles 0 and 3, or 1 and 2: five blocks of pairs each).
+// Features never leave registers: a thread reads its two rows rotated to begin at its own
+// column, so that x_i x_(i+r) is a product of two registers known at compile time.
+//
+// hopper.py defines V (head_dim, a multiple of 16 up to 128), STRIPS (whether sums of strips
+// are added to states), KEYS, BATCH and the wgmma wrappers' names.
+
+constexpr int LENGTH = 256, TILE = 64, F = 153, ROWS = 160, THREADS = 256;
+constexpr int PANELS = (V + 63) / 64;
+constexpr int STATE_PANEL = ROWS * 128, VALUE_PANEL = LENGTH * 128;
+constexpr int AT_VALUES = PANELS * STATE_PANEL;
+constexpr int AT_KEYS = AT_VALUES + PANELS * VALUE_PANEL;
+constexpr int AT_MIXER = AT_KEYS + LENGTH * 32;
+
+// Pairs of bfloat16: 1/32, 1/16 and 1/4, the Taylor weights of squares, products and x.
+constexpr u32 SQUARES = 0x3D003D00, PRODUCTS = 0x3D803D80, LINEAR = 0x3E803E80;
+
+// A segment and head: first token, tokens, and what stands where.
+struct Segment {
+    i64 begin, slot, strip_slot;
+    int head, length;
+    bool inside, has_state;
+};
+// `column` of the table says whether the strip has anything before (4) or after (5) the segment.
+__device__ __forceinline__ Segment segment_of(const int* segments, i64 H, bool later) {
+    const int heads = (int)H, head = blockIdx.x % heads;
+    const i64 number = blockIdx.x / heads;
+    const int* entry = segments + number * 6;
+    const bool inside = later ? entry[5] == 0 : entry[4] > 0;
+    return {entry[1], number * H + head, entry[3] * H + head, head, entry[2] - entry[1], inside, inside || STRIPS};
+}
+
+// Where chunk c (8 columns) of a row stands: panels of 64 columns, swizzled by 128 bytes.
+__device__ __forceinline__ u32 place(int row, int c, int panel) {
+    return (c >> 3) * panel + row * 128 + (((c & 7) ^ (row & 7)) << 4);
+}
+
+// Rows of a state in shared memory: diagonals 0 to 7, half of the eighth, the constant, 7
+// rows of zeros, the linear terms.
+__device__ __forceinline__ int state_row(int f) {
+    return f == 0 ? 136 : f <= 16 ? 143 + f : f - 17;
+}
+
+// An entry of a normaliser: what the strip gathered before the segment, and what came before it.
+__device__ __forceinline__ float sum_of(const float* in_strip, const float* before, bool inside, int i) {
+    return (inside ? in_strip[i] : 0) + (STRIPS ? before[i] : 0);
+}
+
+// The numerator into its panels, in bfloat16.
+__device__ __forceinline__ void load_state(
+    u32 shared, const u16* in_strip, const float* before, bool inside, int thread) {
+#pragma unroll 3
+    for (int i = thread; i < F * (V / 8); i += THREADS) {
+        const int f = i / (V / 8), c = i % (V / 8);
+        const u32 to = shared + place(state_row(f), c, STATE_PANEL);
+        if (!STRIPS) {
+            copy16(to, in_strip + f * V + c * 8, true);
+            continue;
+        }
+        uint4_ sums = {0, 0, 0, 0};
+        if (inside) sums = *(const uint4_*)(in_strip + f * V + c * 8);
+        const float4_ a = *(const float4_*)(before + f * V + c * 8);
+        const float4_ b = *(const float4_*)(before + f * V + c * 8 + 4);
+        sums.x = pack(low(sums.x) + a.x, high(sums.x) + a.y);
+        sums.y = pack(low(sums.y) + a.z, high(sums.y) + a.w);
+        sums.z = pack(low(sums.z) + b.x, high(sums.z) + b.y);
+        sums.w = pack(low(sums.w) + b.z, high(sums.w) + b.w);
+        store16(to, sums);
+    }
+    for (int i = thread; i < 7 * (V / 8); i += THREADS)
+        copy16(shared + place(137 + i / (V / 8), i % (V / 8), STATE_PANEL), in_strip, false);
+}
+
+// All rows of x (keys, or queries) and y (values, or g); zeros past the end.
+__device__ __forceinline__ void load_rows(
+    u32 shared, const u16* x, i64 x_stride, const u16* y, i64 y_stride, int length, int thread) {
+    for (int i = thread; i < LENGTH * 2; i += THREADS) {
+        const int row = i >> 1, c = i & 1;
+        copy16(shared + AT_KEYS + row * 32 + ((c ^ (row >> 2 & 1)) << 4), x + row * x_stride + c * 8, row < length);
+    }
+#pragma unroll 4
+    for (int i = thread; i < LENGTH * (V / 8); i += THREADS) {
+        const int row = i / (V / 8), c = i % (V / 8);
+        copy16(shared + AT_VALUES + place(row, c, VALUE_PANEL), y + row * y_stride + c * 8, row < length);
+    }
+}
+
+// The second-order terms of the normaliser as the right side of multiply_add: registers 0 to 3 for
+// a lane's columns g, 4 to 7 for g + 8; of four, two are rounded and two are what that lost. A
+// thread reads two terms and writes one register. x times them is the derivative by x, so that
+// half of x (terms) x is the sum itself.
+template <bool QUERIES> __device__ __forceinline__ float2_ read_terms(
+    const float* in_strip, const float* before, bool inside, int thread) {
+    const int lane = thread & 31, place = thread >> 5;
+    float z[2];
+#pragma unroll
+    for (int n = 0; n < 2; n++) {
+        const int i = 2 * (lane & 3) + n + 8 * (place & 1), j = (lane >> 2) + (place >> 2) * 8, shift = (j - i) & 15;
+        const bool above = shift < 8 || (shift == 8 && i < 8);
+        z[n] = sum_of(in_strip, before, inside, 17 + (above ? shift * 16 + i : (16 - shift) * 16 + j));
+        z[n] *= QUERIES ? 1.0f / 16 : i == j ? 2.0f : 1.0f;
+    }
+    return float2_{z[0], z[1]};
+}
+__device__ __forceinline__ void write_terms(u32 to, float2_ z, int thread) {
+    const u32 coarse = pack(z.x, z.y);
+    store4(to + thread * 4, thread & 64 ? pack(z.x - low(coarse), z.y - high(coarse)) : coarse);
+}
+// x times the terms: of rows g and g + 8, the thread's four columns.
+__device__ __forceinline__ void times_terms(float (&second)[2][4], const u32 (&own)[4], u32 shared, int lane) {
+#pragma unroll
+    for (int block = 0; block < 2; block++) {
+        const u32 z = shared + AT_MIXER + block * 512 + lane * 4;
+        float product[4] = {0, 0, 0, 0};
+        multiply_add(product, own, load4(z), load4(z + 128));
+        multiply_add(product, own, load4(z + 256), load4(z + 384));
+#pragma unroll
+        for (int i = 0; i < 4; i++) second[i >> 1][2 * block + (i & 1)] = product[i];
+    }
+}
+
+// Rows g and g + 8 of x, each from column 2 t on.
+__device__ __forceinline__ void load_own(u32 (&x)[2][8], const u16* from, i64 stride, int row, int length, int t) {
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        const u32* source = (const u32*)(from + (row + 8 * r) * stride);
+#pragma unroll
+        for (int m = 0; m < 8; m++) x[r][m] = row + 8 * r < length ? source[(t + m) & 7] : 0;
+    }
+}
+// Columns (c + r, c + r + 1) of a row that begins at column c; no column beyond the 16th.
+__device__ __forceinline__ u32 shifted(const u32 (&x)[8], int r) {
+    return r & 1 ? __byte_perm(x[r / 2 & 7], x[(r / 2 + 1) & 7], 0x5432) : x[r / 2 & 7];
+}
+// The thread's column i (of 4) in row r, of x as the left side of a product.
+__device__ __forceinline__ float value_of(const u32 (&own)[4], int r, int i) {
+    const u32 pair = own[r + (i >> 1) * 2];
+    return i & 1 ? high(pair) : low(pair);
+}
+
+// Two blocks of 8 columns of a row, the thread's two words. Lanes of a pair swap halves, so that
+// 32 bytes are touched in one piece.
+__device__ __forceinline__ void store_words(u16* row, u32 even, u32 odd, int t, bool real) {
+    const u32 got = __shfl_xor_sync(~0u, t & 1 ? even : odd, 1);
+    const uint2_ pair = t & 1 ? uint2_{got, odd} : uint2_{even, got};
+    if (real) *(uint2_*)(row + (t & 1) * 8 + (t >> 1) * 4) = pair;
+}
+__device__ __forceinline__ void load_words(u32& even, u32& odd, const u16* row, int t, bool real) {
+    uint2_ pair = {0, 0};
+    if (real) pair = *(const uint2_*)(row + (t & 1) * 8 + (t >> 1) * 4);
+    const u32 got = __shfl_xor_sync(~0u, t & 1 ? pair.x : pair.y, 1);
+    even = t & 1 ? got : pair.x;
+    odd = t & 1 ? pair.y : got;
+}
+
+// acc + phi(x) times the state; only queries' features have Taylor weights.
+template <bool QUERIES> __device__ __forceinline__ void read_state(float (&acc)[V / 2], const u32 (&x)[2][8], u32 shared, int t) {
+    const u64 state = descriptor<1>(shared, STATE_PANEL, 1024);
+    u32 phi[10][4];
+#pragma unroll
+    for (int batch = 0; batch < 10 / BATCH; batch++) {
+#pragma unroll
+        for (int d = BATCH * batch; d < BATCH * (batch + 1); d++)
+#pragma unroll
+            for (int r = 0; r < 2; r++)
+#pragma unroll
+                for (int side = 0; side < 2; side++) {
+                    const u32 own = x[r][4 * side];
+                    const u32 first = !QUERIES ? own : times(own, d == 0 ? SQUARES : d == 9 ? LINEAR : PRODUCTS);
+                    u32 feature;
+                    if (d < 8) feature = times(first, shifted(x[r], d + 8 * side));
+                    else if (d == 9) feature = first;
+                    else if (side == 0) feature = times(first, x[r][4]);
+                    else feature = t == 0 ? 0x3F80 : 0;  // the constant, and zeros
+                    phi[d][r + 2 * side] = feature;
+                }
+        if (batch == 0) settle(acc);
+        wgmma_fence();
+#pragma unroll
+        for (int d = BATCH * batch; d < BATCH * (batch + 1); d++) ADD_V<1>(acc, phi[d], state + d * 128);
+        wgmma_commit();
+        wgmma_wait<1>();
+    }
+    wgmma_wait<0>();
+    settle(acc);
+}
+
+// Exact weights 1 + s + s^2 / 2 of a block of pairs, as the left side of a product; below with
+// their sums. MASKED: columns on the wrong side of the row do not count; LATER says which.
+template <bool MASKED, bool LATER> __device__ __forceinline__ void weigh(
+    u32 (&weights)[KEYS / 16][4], float (&below)[2], const float (&s)[KEYS / 2], int row, int column, float scale) {
+    const float square = 0.5f * scale * scale;
+#pragma unroll
+    for (int i = 0; i < KEYS / 2; i += 2) {
+        float a[2];
+#pragma unroll
+        for (int n = 0; n < 2; n++) {
+            a[n] = 1 + s[i + n] * (scale + s[i + n] * square);
+            const int beyond = (i >> 2) * 8 + column + n - row - (i & 2) * 4;
+            if (MASKED && (LATER ? beyond < 0 : beyond > 0)) a[n] = 0;
+            if (!LATER) below[i >> 1 & 1] += a[n];
+        }
+        weights[i >> 3][i >> 1 & 3] = pack(a[0], a[1]);
+    }
+}
+
+// acc and below with the pairs of 64 rows and all columns up to (LATER: from) each row's own. The
+// blocks on the rows' own tile come last; `count` blocks come before.
+template <bool LATER> __device__ __forceinline__ void add_pairs(
+    float (&acc)[V / 2], float (&below)[2], const u32 (&own)[4], u32 shared, int tile, int count, int row, int column, float scale) {
+    constexpr int STEP = LATER ? -1 : 1, PARTS = TILE / KEYS;
+    const int first = LATER ? (tile + 1) * PARTS + count - 1 : 0;
+    u64 keys = descriptor<3>(shared + AT_KEYS + first * KEYS * 32, 0, 256);
+    u64 values = descriptor<1>(shared + AT_VALUES + first * KEYS * 128, VALUE_PANEL, 1024);
+    float s[KEYS / 2];
+    u32 weights[KEYS / 16][4];
+    wgmma_fence();
+    START_KEYS<0>(s, own, keys);
+    wgmma_commit();
+    wgmma_wait<0>();
+#pragma unroll 1
+    for (int block = 0; block < count; block++) {
+        settle(s);
+        weigh<false, LATER>(weights, below, s, row, column, scale);
+        keys += STEP * KEYS * 2;
+        settle(s);
+        settle(acc);
+        wgmma_fence();
+        START_KEYS<0>(s, own, keys);
+#pragma unroll
+        for (int part = 0; part < KEYS / 16; part++) ADD_V<1>(acc, weights[part], values + part * 128);
+        wgmma_commit();
+        values += STEP * KEYS * 8;
+        wgmma_wait<0>();
+    }
+#pragma unroll
+    for (int block = 0; block < PARTS; block++) {
+        settle(s);
+        weigh<true, LATER>(weights, below, s, row, column + (LATER ? PARTS - 1 - block : block) * KEYS, scale);
+        keys += STEP * KEYS * 2;
+        settle(s);
+        settle(acc);
+        wgmma_fence();
+        if (block + 1 < PARTS) START_KEYS<0>(s, own, keys);
+#pragma unroll
+        for (int part = 0; part < KEYS / 16; part++) ADD_V<1>(acc, weights[part], values + part * 128);
+        wgmma_commit();
+        values += STEP * KEYS * 8;
+        wgmma_wait<0>();
+    }
+    settle(acc);
+}

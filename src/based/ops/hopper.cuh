@@ -50,6 +50,11 @@ __device__ __forceinline__ u32 load4(u32 from) {
     return x;
 }
 
+// Brings WIDTH elements of a row into the second cache, and does not wait.
+template <int WIDTH> __device__ __forceinline__ void prefetch(const u16* row) {
+#pragma unroll
+    for (int i = 0; i < WIDTH; i += 64) asm volatile("prefetch.global.L2 [%0];" ::"l"(row + i));
+}
 // Brings 32 bytes into the first cache. Its word must be kept somewhere, or the load is left out.
 __device__ __forceinline__ u32 touch(const void* from) {
     u32 word;

@@ -8,8 +8,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attend(
     i64 T, i64 H, float scale) {
     extern __shared__ __align__(1024) unsigned char memory[];
     const u32 shared = address(memory);
-    const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5 & 3;
-    const int half = __shfl_sync(~0u, thread >> 7, 0);  // uniform, so that wgmma may be in flight
+    const int thread = threadIdx.x, lane = thread & 31;
+    const int half = __shfl_sync(~0u, thread >> 7, 0), warp = __shfl_sync(~0u, thread >> 5 & 3, 0);  // uniform, so that wgmma may be in flight
     const int g = lane >> 2, t = lane & 3;
     const auto [begin, slot, strip_slot, head, length, inside, has_state] = segment_of(segments, H, false);
     if (length <= 0) return;
@@ -64,12 +64,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attend(
             own[0] = x[0][0], own[1] = x[1][0], own[2] = x[0][4], own[3] = x[1][4];
             if (has_state) {
                 read_state<true>(acc, x, shared, t);
-                float second[2][4];
-                times_terms(second, own, shared, lane);
+                float mixed[2][4];
+                times_terms(mixed, own, shared, lane);
 #pragma unroll
                 for (int r = 0; r < 2; r++)
 #pragma unroll
-                    for (int i = 0; i < 4; i++) below[r] += value_of(own, r, i) * (0.5f * second[r][i] + vector[i]);
+                    for (int i = 0; i < 4; i++) below[r] += value_of(own, r, i) * (0.5f * mixed[r][i] + vector[i]);
             }
         }
         if (turn == 0) {
@@ -77,7 +77,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attend(
             __syncthreads();
         }
         if (!any) continue;
-        add_pairs<false>(acc, below, own, shared, tile, tile * (TILE / KEYS), warp * 16 + g, 2 * t, scale);
+        add_pairs<false>(acc, below, own, shared, tile, tile * (TILE / KEYS), warp, g, t, scale);
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             float sum = below[r];

@@ -92,24 +92,35 @@ __device__ __forceinline__ void start_pairs(
 }
 
 // Gradients of s, as the left side of a product: that of a plus delta, times 1 + s, scaled. delta is
-// a row's, or (LATER) a column's, from `deltas` on; none past `left` columns.
+// a row's, or (LATER) a column's, from `deltas` on; none past `left` columns. `place` as in weigh.
 template <bool MASKED, bool LATER> __device__ __forceinline__ void weigh_gradients(
     u32 (&d_s)[KEYS / 16][4], const float (&s)[KEYS / 2], const float (&d_a)[KEYS / 2],
-    const float (&delta)[2], const float* deltas, int left, int row, int column, float scale) {
+    const float (&delta)[2], const float* deltas, int left, int place, int g, int t, float scale) {
     const float square = scale * scale;
 #pragma unroll
-    for (int i = 0; i < KEYS / 2; i += 2) {
-        float x[2];
+    for (int part = 0; part < KEYS / 16; part++, place++) {
+        if (MASKED && (LATER ? place < 0 : place > 0)) {
 #pragma unroll
-        for (int n = 0; n < 2; n++) {
-            const int place = (i >> 2) * 8 + n;
-            float added = delta[i >> 1 & 1];
-            if (LATER) added = place + column < left ? deltas[place + column] : 0;
-            x[n] = (d_a[i + n] + added) * (scale + s[i + n] * square);
-            const int beyond = place + column - row - (i & 2) * 4;
-            if (MASKED && (LATER ? beyond < 0 : beyond > 0)) x[n] = 0;
+            for (int i = 0; i < 4; i++) d_s[part][i] = 0;
+            continue;
         }
-        d_s[i >> 3][i >> 1 & 3] = pack(x[0], x[1]);
+        float x[8];
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            const int column = 16 * part + (i >> 2) * 8 + 2 * t + (i & 1);
+            float added = delta[i >> 1 & 1];
+            if (LATER) added = column < left ? deltas[column] : 0;
+            x[i] = (d_a[8 * part + i] + added) * (scale + s[8 * part + i] * square);
+        }
+        if (MASKED && place == 0) {
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                const int beyond = (i >> 2) * 8 + 2 * t + (i & 1) - g - (i & 2) * 4;
+                if (LATER ? beyond < 0 : beyond > 0) x[i] = 0;
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < 8; i += 2) d_s[part][i >> 1] = pack(x[i], x[i + 1]);
     }
 }
 
@@ -117,8 +128,8 @@ template <bool MASKED, bool LATER> __device__ __forceinline__ void weigh_gradien
 // begin at the segment's first token.
 template <bool LATER> __device__ __forceinline__ void pair_gradient(
     float (&d_x)[8], const u32 (&own)[4], const Left& y, const float (&delta)[2], const float* deltas, int length,
-    u32 shared, int tile, int count, int row, int column, float scale) {
-    constexpr int STEP = LATER ? -1 : 1, PARTS = TILE / KEYS;
+    u32 shared, int tile, int count, int warp, int g, int t, float scale) {
+    constexpr int NEXT = LATER ? -1 : 1, PARTS = TILE / KEYS;
     int block = LATER ? (tile + 1) * PARTS + count - 1 : 0;
     const u64 keys = descriptor<3>(shared + AT_KEYS, 0, 256), keys_down = descriptor<3>(shared + AT_KEYS, 0, 256);
     const u32 values = shared + AT_VALUES;
@@ -134,8 +145,8 @@ template <bool LATER> __device__ __forceinline__ void pair_gradient(
     for (int n = 0; n < count; n++) {
         settle(s);
         settle(d_a);
-        weigh_gradients<false, LATER>(d_s, s, d_a, delta, deltas + block * KEYS, length - block * KEYS, row, column, scale);
-        const int next = block + STEP;
+        weigh_gradients<false, LATER>(d_s, s, d_a, delta, deltas + block * KEYS, length - block * KEYS, 0, g, t, scale);
+        const int next = block + NEXT;
         settle(s);
         settle(d_a);
         settle(d_x);
@@ -151,9 +162,9 @@ template <bool LATER> __device__ __forceinline__ void pair_gradient(
     for (int n = 0; n < PARTS; n++) {
         settle(s);
         settle(d_a);
-        const int offset = (LATER ? PARTS - 1 - n : n) * KEYS;
-        weigh_gradients<true, LATER>(d_s, s, d_a, delta, deltas + tile * TILE, length - tile * TILE, row, column + offset, scale);
-        const int next = block + STEP;
+        const int place = (LATER ? PARTS - 1 - n : n) * (KEYS / 16) - warp;
+        weigh_gradients<true, LATER>(d_s, s, d_a, delta, deltas + block * KEYS, length - block * KEYS, place, g, t, scale);
+        const int next = block + NEXT;
         settle(s);
         settle(d_a);
         settle(d_x);

@@ -15,8 +15,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) key_gradients(
     i64 T, i64 H, float scale) {
     extern __shared__ __align__(1024) unsigned char memory[];
     const u32 shared = address(memory);
-    const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5 & 3;
-    const int half = __shfl_sync(~0u, thread >> 7, 0);
+    const int thread = threadIdx.x, lane = thread & 31;
+    const int half = __shfl_sync(~0u, thread >> 7, 0), warp = __shfl_sync(~0u, thread >> 5 & 3, 0);
     const int g = lane >> 2, t = lane & 3;
     const auto [begin, slot, strip_slot, head, length, inside, has_state] = segment_of(segments, H, true);
     if (length <= 0) return;
@@ -34,6 +34,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) key_gradients(
     strip_normaliser += strip_slot * F;
 
     const u32 touched = thread < length ? touch(k + thread * k_stride_t) : 0;
+    if (thread < length) prefetch<V>(v + thread * v_stride_t);
     float2_ terms = {0, 0};
     if (has_state) {
         if (!STRIPS) load_state(shared, numerator, strip_numerator, inside, thread);
@@ -71,7 +72,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) key_gradients(
             __syncthreads();
         }
         if (!any) continue;
-        add_pairs<true>(acc, nothing, own, shared, tile, later_blocks(length, tile), warp * 16 + g, 2 * t, scale);
+        add_pairs<true>(acc, nothing, own, shared, tile, later_blocks(length, tile), warp, g, t, scale);
 #pragma unroll
         for (int r = 0; r < 2; r++)
 #pragma unroll
@@ -99,18 +100,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) key_gradients(
             own[0] = x[0][0], own[1] = x[1][0], own[2] = x[0][4], own[3] = x[1][4];
             if (has_state) {
                 state_gradient<false>(d_x, x, own, y, shared, t);
-                float second[2][4];
-                times_terms(second, own, shared, lane);
+                float mixed[2][4];
+                times_terms(mixed, own, shared, lane);
 #pragma unroll
                 for (int r = 0; r < 2; r++)
 #pragma unroll
                     for (int i = 0; i < 4; i++)
-                        d_x[r][i] += second[r][i] + sum_of(normaliser, strip_normaliser, inside, 1 + 2 * t + (i & 1) + (i >> 1) * 8);
+                        d_x[r][i] += mixed[r][i] + sum_of(normaliser, strip_normaliser, inside, 1 + 2 * t + (i & 1) + (i >> 1) * 8);
             }
         }
         float pairs[8];
         const float none[2] = {0, 0};
-        pair_gradient<true>(pairs, own, y, none, delta, length, shared, tile, later_blocks(length, tile), warp * 16 + g, 2 * t, scale);
+        pair_gradient<true>(pairs, own, y, none, delta, length, shared, tile, later_blocks(length, tile), warp, g, t, scale);
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             u32 words[2];

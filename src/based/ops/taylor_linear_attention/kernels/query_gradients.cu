@@ -9,8 +9,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) query_gradients(
     i64 d_stride_t, i64 d_stride_h, i64 T, i64 H, float scale) {
     extern __shared__ __align__(1024) unsigned char memory[];
     const u32 shared = address(memory);
-    const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5 & 3;
-    const int half = __shfl_sync(~0u, thread >> 7, 0);
+    const int thread = threadIdx.x, lane = thread & 31;
+    const int half = __shfl_sync(~0u, thread >> 7, 0), warp = __shfl_sync(~0u, thread >> 5 & 3, 0);
     const int g = lane >> 2, t = lane & 3;
     const auto [begin, slot, strip_slot, head, length, inside, has_state] = segment_of(segments, H, false);
     if (length <= 0) return;
@@ -30,6 +30,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) query_gradients(
     strip_normaliser += strip_slot * F;
 
     const u32 touched = thread < length ? touch(q + thread * q_stride_t) : 0;
+    // The second turn's rows, which come from memory otherwise when they are needed.
+    const int second = 128 + (thread & 127);
+    if (second < length) prefetch<V>(thread < 128 ? d_out + second * d_stride_t : out + second * H * V);
     float vector[4] = {0, 0, 0, 0};
     float2_ terms = {0, 0};
     if (has_state) {
@@ -93,16 +96,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) query_gradients(
             own[0] = x[0][0], own[1] = x[1][0], own[2] = x[0][4], own[3] = x[1][4];
             if (has_state) {
                 state_gradient<true>(d_x, x, own, y, shared, t);
-                float second[2][4];
-                times_terms(second, own, shared, lane);
+                float mixed[2][4];
+                times_terms(mixed, own, shared, lane);
 #pragma unroll
                 for (int r = 0; r < 2; r++)
 #pragma unroll
                     for (int i = 0; i < 4; i++)
-                        d_x[r][i] = d_x[r][i] * (1.0f / 16) + delta[r] * (second[r][i] + vector[i]);
+                        d_x[r][i] = d_x[r][i] * (1.0f / 16) + delta[r] * (mixed[r][i] + vector[i]);
             }
         }
-        pair_gradient<false>(pairs, own, y, delta, nullptr, length, shared, tile, tile * (TILE / KEYS), warp * 16 + g, 2 * t, scale);
+        pair_gradient<false>(pairs, own, y, delta, nullptr, length, shared, tile, tile * (TILE / KEYS), warp, g, t, scale);
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             u32 words[2];

@@ -50,43 +50,58 @@ __device__ __forceinline__ float sum_of(const float* in_strip, const float* befo
     return (inside ? in_strip[i] : 0) + (STRIPS ? before[i] : 0);
 }
 
+// Copies go by LANES threads a row, STEP rows at a time: a multiple of 8, so that a thread's place
+// in the swizzle stays.
+constexpr int LANES = V <= 16 ? 2 : V <= 32 ? 4 : V <= 64 ? 8 : 16, STEP = THREADS / LANES;
+
 // The numerator into its panels, in bfloat16.
 __device__ __forceinline__ void load_state(
     u32 shared, const u16* in_strip, const float* before, bool inside, int thread) {
-#pragma unroll 3
-    for (int i = thread; i < F * (V / 8); i += THREADS) {
-        const int f = i / (V / 8), c = i % (V / 8);
-        const u32 to = shared + place(state_row(f), c, STATE_PANEL);
+    const int row = thread / LANES, c = thread % LANES;
+    const u32 to = shared + place(row, c, STATE_PANEL);
+    if (c >= V / 8) return;
+#pragma unroll
+    for (int n = 0; n * STEP < ROWS; n++) {
+        const int r = row + n * STEP;
+        // Diagonals stand as in memory; then the constant, zeros, the linear terms.
+        const bool plain = (n + 1) * STEP <= 136;
+        const int f = plain || r < 136 ? r + 17 : r == 136 ? 0 : r - 143;
+        const bool real = plain || r <= 136 || r >= 144;
+        if ((n + 1) * STEP > ROWS && r >= ROWS) continue;
+        const i64 at = f * V + c * 8;
         if (!STRIPS) {
-            copy16(to, in_strip + f * V + c * 8, true);
+            copy16(to + n * STEP * 128, in_strip + (real ? at : 0), real);
             continue;
         }
         uint4_ sums = {0, 0, 0, 0};
-        if (inside) sums = *(const uint4_*)(in_strip + f * V + c * 8);
-        const float4_ a = *(const float4_*)(before + f * V + c * 8);
-        const float4_ b = *(const float4_*)(before + f * V + c * 8 + 4);
-        sums.x = pack(low(sums.x) + a.x, high(sums.x) + a.y);
-        sums.y = pack(low(sums.y) + a.z, high(sums.y) + a.w);
-        sums.z = pack(low(sums.z) + b.x, high(sums.z) + b.y);
-        sums.w = pack(low(sums.w) + b.z, high(sums.w) + b.w);
-        store16(to, sums);
+        if (real) {
+            if (inside) sums = *(const uint4_*)(in_strip + at);
+            const float4_ a = *(const float4_*)(before + at), b = *(const float4_*)(before + at + 4);
+            sums.x = pack(low(sums.x) + a.x, high(sums.x) + a.y);
+            sums.y = pack(low(sums.y) + a.z, high(sums.y) + a.w);
+            sums.z = pack(low(sums.z) + b.x, high(sums.z) + b.y);
+            sums.w = pack(low(sums.w) + b.z, high(sums.w) + b.w);
+        }
+        store16(to + n * STEP * 128, sums);
     }
-    for (int i = thread; i < 7 * (V / 8); i += THREADS)
-        copy16(shared + place(137 + i / (V / 8), i % (V / 8), STATE_PANEL), in_strip, false);
 }
 
 // All rows of x (keys, or queries) and y (values, or g); zeros past the end.
 __device__ __forceinline__ void load_rows(
     u32 shared, const u16* x, i64 x_stride, const u16* y, i64 y_stride, int length, int thread) {
-    for (int i = thread; i < LENGTH * 2; i += THREADS) {
-        const int row = i >> 1, c = i & 1;
-        copy16(shared + AT_KEYS + row * 32 + ((c ^ (row >> 2 & 1)) << 4), x + row * x_stride + c * 8, row < length);
+    {
+        const int row = thread >> 1, c = thread & 1;
+        const u32 to = shared + AT_KEYS + row * 32 + ((c ^ (row >> 2 & 1)) << 4);
+        x += row * x_stride + c * 8;
+#pragma unroll
+        for (int n = 0; n < 2; n++) copy16(to + n * 128 * 32, x + n * 128 * x_stride, row + n * 128 < length);
     }
-#pragma unroll 4
-    for (int i = thread; i < LENGTH * (V / 8); i += THREADS) {
-        const int row = i / (V / 8), c = i % (V / 8);
-        copy16(shared + AT_VALUES + place(row, c, VALUE_PANEL), y + row * y_stride + c * 8, row < length);
-    }
+    const int row = thread / LANES, c = thread % LANES;
+    const u32 to = shared + AT_VALUES + place(row, c, VALUE_PANEL);
+    if (c >= V / 8) return;
+    y += row * y_stride + c * 8;
+#pragma unroll
+    for (int n = 0; n < LENGTH / STEP; n++) copy16(to + n * STEP * 128, y + n * STEP * y_stride, row + n * STEP < length);
 }
 
 // The second-order terms of the normaliser as the right side of multiply_add: registers 0 to 3 for
@@ -123,13 +138,21 @@ __device__ __forceinline__ void times_terms(float (&second)[2][4], const u32 (&o
     }
 }
 
-// Rows g and g + 8 of x, each from column 2 t on.
+// Rows g and g + 8 of x, each from column 2 t on: read whole, then rotated by t words.
 __device__ __forceinline__ void load_own(u32 (&x)[2][8], const u16* from, i64 stride, int row, int length, int t) {
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-        const u32* source = (const u32*)(from + (row + 8 * r) * stride);
+        uint4_ words[2] = {{0, 0, 0, 0}, {0, 0, 0, 0}};
+        if (row + 8 * r < length) {
+            const uint4_* source = (const uint4_*)(from + (row + 8 * r) * stride);
+            words[0] = source[0], words[1] = source[1];
+        }
+        const u32 plain[8] = {words[0].x, words[0].y, words[0].z, words[0].w, words[1].x, words[1].y, words[1].z, words[1].w};
+        u32 by_one[8];
 #pragma unroll
-        for (int m = 0; m < 8; m++) x[r][m] = row + 8 * r < length ? source[(t + m) & 7] : 0;
+        for (int m = 0; m < 8; m++) by_one[m] = t & 1 ? plain[(m + 1) & 7] : plain[m];
+#pragma unroll
+        for (int m = 0; m < 8; m++) x[r][m] = t & 2 ? by_one[(m + 2) & 7] : by_one[m];
     }
 }
 // Columns (c + r, c + r + 1) of a row that begins at column c; no column beyond the 16th.
@@ -190,29 +213,44 @@ template <bool QUERIES> __device__ __forceinline__ void read_state(float (&acc)[
 }
 
 // Exact weights 1 + s + s^2 / 2 of a block of pairs, as the left side of a product; below with
-// their sums. MASKED: columns on the wrong side of the row do not count; LATER says which.
+// their sums. MASKED: 16 columns from part `place` on are on the wrong side of the warp's rows
+// (LATER: before them), those at 0 partly so.
 template <bool MASKED, bool LATER> __device__ __forceinline__ void weigh(
-    u32 (&weights)[KEYS / 16][4], float (&below)[2], const float (&s)[KEYS / 2], int row, int column, float scale) {
+    u32 (&weights)[KEYS / 16][4], float (&below)[2], const float (&s)[KEYS / 2], int place, int g, int t, float scale) {
     const float square = 0.5f * scale * scale;
 #pragma unroll
-    for (int i = 0; i < KEYS / 2; i += 2) {
-        float a[2];
+    for (int part = 0; part < KEYS / 16; part++, place++) {
+        if (MASKED && (LATER ? place < 0 : place > 0)) {
 #pragma unroll
-        for (int n = 0; n < 2; n++) {
-            a[n] = 1 + s[i + n] * (scale + s[i + n] * square);
-            const int beyond = (i >> 2) * 8 + column + n - row - (i & 2) * 4;
-            if (MASKED && (LATER ? beyond < 0 : beyond > 0)) a[n] = 0;
-            if (!LATER) below[i >> 1 & 1] += a[n];
+            for (int i = 0; i < 4; i++) weights[part][i] = 0;
+            continue;
         }
-        weights[i >> 3][i >> 1 & 3] = pack(a[0], a[1]);
+        float a[8];
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            const float x = s[8 * part + i];
+            a[i] = 1 + x * (scale + x * square);
+        }
+        if (MASKED && place == 0) {
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                const int beyond = (i >> 2) * 8 + 2 * t + (i & 1) - g - (i & 2) * 4;
+                if (LATER ? beyond < 0 : beyond > 0) a[i] = 0;
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < 8; i += 2) {
+            if (!LATER) below[i >> 1 & 1] += a[i] + a[i + 1];
+            weights[part][i >> 1] = pack(a[i], a[i + 1]);
+        }
     }
 }
 
 // acc and below with the pairs of 64 rows and all columns up to (LATER: from) each row's own. The
 // blocks on the rows' own tile come last; `count` blocks come before.
 template <bool LATER> __device__ __forceinline__ void add_pairs(
-    float (&acc)[V / 2], float (&below)[2], const u32 (&own)[4], u32 shared, int tile, int count, int row, int column, float scale) {
-    constexpr int STEP = LATER ? -1 : 1, PARTS = TILE / KEYS;
+    float (&acc)[V / 2], float (&below)[2], const u32 (&own)[4], u32 shared, int tile, int count, int warp, int g, int t, float scale) {
+    constexpr int NEXT = LATER ? -1 : 1, PARTS = TILE / KEYS;
     const int first = LATER ? (tile + 1) * PARTS + count - 1 : 0;
     u64 keys = descriptor<3>(shared + AT_KEYS + first * KEYS * 32, 0, 256);
     u64 values = descriptor<1>(shared + AT_VALUES + first * KEYS * 128, VALUE_PANEL, 1024);
@@ -225,8 +263,8 @@ template <bool LATER> __device__ __forceinline__ void add_pairs(
 #pragma unroll 1
     for (int block = 0; block < count; block++) {
         settle(s);
-        weigh<false, LATER>(weights, below, s, row, column, scale);
-        keys += STEP * KEYS * 2;
+        weigh<false, LATER>(weights, below, s, 0, g, t, scale);
+        keys += NEXT * KEYS * 2;
         settle(s);
         settle(acc);
         wgmma_fence();
@@ -234,14 +272,14 @@ template <bool LATER> __device__ __forceinline__ void add_pairs(
 #pragma unroll
         for (int part = 0; part < KEYS / 16; part++) ADD_V<1>(acc, weights[part], values + part * 128);
         wgmma_commit();
-        values += STEP * KEYS * 8;
+        values += NEXT * KEYS * 8;
         wgmma_wait<0>();
     }
 #pragma unroll
     for (int block = 0; block < PARTS; block++) {
         settle(s);
-        weigh<true, LATER>(weights, below, s, row, column + (LATER ? PARTS - 1 - block : block) * KEYS, scale);
-        keys += STEP * KEYS * 2;
+        weigh<true, LATER>(weights, below, s, (LATER ? PARTS - 1 - block : block) * (KEYS / 16) - warp, g, t, scale);
+        keys += NEXT * KEYS * 2;
         settle(s);
         settle(acc);
         wgmma_fence();
@@ -249,7 +287,7 @@ template <bool LATER> __device__ __forceinline__ void add_pairs(
 #pragma unroll
         for (int part = 0; part < KEYS / 16; part++) ADD_V<1>(acc, weights[part], values + part * 128);
         wgmma_commit();
-        values += STEP * KEYS * 8;
+        values += NEXT * KEYS * 8;
         wgmma_wait<0>();
     }
     settle(acc);

@@ -12,6 +12,8 @@ INSTALLED = find_spec("triton") is not None
 INTERPRETING = False
 # Whether a decode kernel may start while the one before it ends, where a GPU can.
 OVERLAP = True
+# Whether kernels in CUDA C++ take the place of Triton's on Hopper.
+HOPPER = True
 # Bytes of shared memory that no kernel takes.
 ENOUGH = 1 << 20
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from based.ops import cuda
+from based.ops import cuda, kernels
 from based.ops.cuda import Argument
 
 # As the sources have them: tokens of a segment, of a chunk of sum_states, rows of a state.
@@ -30,7 +30,7 @@ def takes(x: Tensor, y: Tensor, *others: Tensor) -> bool:
     x is keys or queries, y has the values' size.
     """
     tensors = (x, y, *others)
-    if any(tensor.dtype != torch.bfloat16 for tensor in tensors):
+    if not kernels.HOPPER or any(tensor.dtype != torch.bfloat16 for tensor in tensors):
         return False
     K, V = x.shape[3], y.shape[3]
     if K != FEATURE_DIM or V % 16 or not 16 <= V <= LARGEST_HEAD_DIM:
@@ -120,9 +120,7 @@ def _strides(*tensors: Tensor) -> list[Argument]:
 
 
 @cache
-def _segment_kernel(
-    name: str, V: int, strips: bool, device: torch.device
-) -> Callable[..., None]:
+def _segment_kernel(name: str, V: int, strips: bool, device: torch.device) -> Callable[..., None]:
     panels = -(-V // 64)
     shared = panels * 128 * (ROWS + LENGTH) + LENGTH * 32 + 1024
     return cuda.compile_kernel(name, segment_source(name, V, strips), shared, device)

@@ -33,14 +33,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) query_gradients(
     // The second turn's rows, which come from memory otherwise when they are needed.
     const int second = 128 + (thread & 127);
     if (second < length) prefetch<V>(thread < 128 ? d_out + second * d_stride_t : out + second * H * V);
-    float vector[4] = {0, 0, 0, 0};
     float2_ terms = {0, 0};
     if (has_state) {
         if (!STRIPS) load_state(shared, numerator, strip_numerator, inside, thread);
         terms = read_terms<true>(normaliser, strip_normaliser, inside, thread);
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-            vector[i] = scale * sum_of(normaliser, strip_normaliser, inside, 1 + 2 * t + (i & 1) + (i >> 1) * 8);
     }
     load_rows(shared, k, k_stride_t, v, v_stride_t, length, thread);
     commit_copies();
@@ -101,8 +97,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) query_gradients(
 #pragma unroll
                 for (int r = 0; r < 2; r++)
 #pragma unroll
-                    for (int i = 0; i < 4; i++)
-                        d_x[r][i] = d_x[r][i] * (1.0f / 16) + delta[r] * (mixed[r][i] + vector[i]);
+                    for (int i = 0; i < 4; i++) {
+                        const float linear = sum_of(normaliser, strip_normaliser, inside, 1 + 2 * t + (i & 1) + (i >> 1) * 8);
+                        d_x[r][i] = d_x[r][i] * (1.0f / 16) + delta[r] * (mixed[r][i] + scale * linear);
+                    }
             }
         }
         pair_gradient<false>(pairs, own, y, delta, nullptr, length, shared, tile, tile * (TILE / KEYS), warp, g, t, scale);

@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from based.ops import kernels
 from based.ops.sliding_window_attention import blocked, sliding_window_attention
 from based.ops.taylor_linear_attention import num_features, taylor_linear_attention
 from benchmarks import pointwise, recurrences, thunderkittens
@@ -139,12 +140,24 @@ def taylor(rates: Rates, checkout: Path | None = None) -> Cells:
             peers.pop("fla parallel", None)
         inputs = [draw(B, T, H, size) for size in (FEATURE_DIM, FEATURE_DIM, D)]
         yield from rows_of("taylor_linear_attention", case, peers, inputs, floors)
+        triton = {"based in Triton": peers["based"]}
+        for key, measure in rows_of("taylor_linear_attention", case, triton, inputs, floors):
+            yield key, partial(without_hopper, measure)
         if kittens is not None and thunderkittens.takes(case):
             own = [draw(B, H, T, size) for size in (FEATURE_DIM, FEATURE_DIM, D)]
             yield from kittens_rows(kittens, case, own, floors)
         if T <= QUADRATIC_LIMIT:
             q, k, v = (draw(B, T, H, D) for _ in range(3))
             yield from rows_of("taylor_linear_attention", case, softmax, [q, k, v], floors)
+
+
+def without_hopper(measure: Callable[[], dict[str, Any] | None]) -> dict[str, Any] | None:
+    """What the Triton kernels take, where those for Hopper would run."""
+    kernels.HOPPER = False
+    try:
+        return measure()
+    finally:
+        kernels.HOPPER = True
 
 
 def kittens_rows(

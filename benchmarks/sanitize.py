@@ -2,14 +2,16 @@
 
 compute-sanitizer --tool memcheck --error-exitcode 1 python -m benchmarks.sanitize
 
-and likewise with `racecheck`, `initcheck` and `synccheck`. Every tensor is an
-allocation of its own, so that a step past its end is seen. Tests compare numbers; here
+and likewise with `racecheck`, `initcheck` and `synccheck`. Words choose parts: `hopper`
+(Taylor linear attention in CUDA C++), `taylor` (in Triton), `mixers`, `decoding`. Every
+tensor is an allocation of its own, so that a step past its end is seen. Tests compare numbers; here
 only NaNs end the run.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 
 # Before torch starts: no cache between tensors and the driver.
 os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
@@ -22,6 +24,7 @@ from torch import Tensor
 from based.generation import Engine, EngineConfig, Sampling
 from based.mixers import build_mixer
 from based.models import Decoder, DecoderConfig
+from based.ops import kernels
 from based.ops.stacked_cross_entropy import stacked_cross_entropy
 from based.ops.taylor_linear_attention import num_features
 from based.ops.taylor_linear_attention.kernels import launch
@@ -50,10 +53,12 @@ def taylor(feature_dim: int, head_dim: int, dtype: torch.dtype, packed: bool) ->
 
 def mixers() -> None:
     """The other training kernels, through the mixers that have them."""
-    convolution, window, scan = "gated_convolution", "sliding_window_attention", "mamba"
-    for name, options in ((convolution, {}), (window, {"num_heads": 3, "window": 9}), (scan, {})):
-        mixer = build_mixer(name, 48, **options).to(DEVICE)
-        mixer(draw(2, 77, 48))[0].sum().backward()
+    recurrent = "mamba", "mamba2", "gated_linear_attention", "delta_net", "gated_delta_net", "rwkv7"
+    window = "sliding_window_attention", {"num_heads": 3, "window": 9}
+    for name, options in (("gated_convolution", {}), window, *((name, {}) for name in recurrent)):
+        size = 64 if name in recurrent else 48
+        mixer = build_mixer(name, size, **options).to(DEVICE)
+        mixer(draw(2, 77, size))[0].sum().backward()
     hidden, head = draw(2, 5, 24).requires_grad_(), draw(2, 61, 24).requires_grad_()
     answers = torch.arange(5, device=DEVICE)
     stacked_cross_entropy(hidden, head, answers).sum().backward()
@@ -80,17 +85,29 @@ def decoding() -> None:
         engine.step()
 
 
-def main() -> None:
-    torch.manual_seed(0)
+def taylor_cases(*choices: tuple) -> None:
+    """Every combination of feature_dim, head_dim, dtype and packed."""
     launch.PROGRAMS = 2
-    dtypes = torch.bfloat16, torch.float16, torch.float32
-    for case in product((8, 16, 24, 32), (17, 64, 112), dtypes, (False, True)):
+    for case in product(*choices):
         if _unsupported(*case[:3]) is None and any(x.isnan().any() for x in taylor(*case)):
             raise SystemExit(f"NaN at feature_dim, head_dim, dtype, packed = {case}")
-    mixers()
-    decoding()
-    print("every kernel ran")
+
+
+def main(parts: list[str]) -> None:
+    torch.manual_seed(0)
+    kernels.HOPPER = "hopper" in parts
+    if kernels.HOPPER:
+        taylor_cases((16,), (16, 64, 112), (torch.bfloat16,), (False, True))
+    kernels.HOPPER = False
+    if "taylor" in parts:
+        dtypes = torch.bfloat16, torch.float16, torch.float32
+        taylor_cases((8, 16, 24, 32), (17, 64, 112), dtypes, (False, True))
+    if "mixers" in parts:
+        mixers()
+    if "decoding" in parts:
+        decoding()
+    print(f"every kernel of {', '.join(parts)} ran")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:] or ["hopper", "taylor", "mixers", "decoding"])

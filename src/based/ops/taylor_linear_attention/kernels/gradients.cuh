@@ -91,11 +91,20 @@ __device__ __forceinline__ void start_pairs(
     }
 }
 
+// The thread's columns of a block, from `deltas` on; none past `left`.
+__device__ __forceinline__ void load_deltas(float (&of)[KEYS / 16][4], const float* deltas, int left, int t) {
+#pragma unroll
+    for (int i = 0; i < KEYS / 4; i++) {
+        const int column = (i >> 1) * 8 + 2 * t + (i & 1);
+        of[i >> 2][i & 3] = column < left ? deltas[column] : 0;
+    }
+}
+
 // Gradients of s, as the left side of a product: that of a plus delta, times 1 + s, scaled. delta is
-// a row's, or (LATER) a column's, from `deltas` on; none past `left` columns. `place` as in weigh.
+// a row's, or (LATER) a column's. `place` as in weigh.
 template <bool MASKED, bool LATER> __device__ __forceinline__ void weigh_gradients(
     u32 (&d_s)[KEYS / 16][4], const float (&s)[KEYS / 2], const float (&d_a)[KEYS / 2],
-    const float (&delta)[2], const float* deltas, int left, int place, int g, int t, float scale) {
+    const float (&delta)[2], const float (&deltas)[KEYS / 16][4], int place, int g, int t, float scale) {
     const float square = scale * scale;
 #pragma unroll
     for (int part = 0; part < KEYS / 16; part++, place++) {
@@ -107,9 +116,7 @@ template <bool MASKED, bool LATER> __device__ __forceinline__ void weigh_gradien
         float x[8];
 #pragma unroll
         for (int i = 0; i < 8; i++) {
-            const int column = 16 * part + (i >> 2) * 8 + 2 * t + (i & 1);
-            float added = delta[i >> 1 & 1];
-            if (LATER) added = column < left ? deltas[column] : 0;
+            const float added = LATER ? deltas[part][(i >> 2) * 2 + (i & 1)] : delta[i >> 1 & 1];
             x[i] = (d_a[8 * part + i] + added) * (scale + s[8 * part + i] * square);
         }
         if (MASKED && place == 0) {
@@ -140,12 +147,14 @@ template <bool LATER> __device__ __forceinline__ void pair_gradient(
     wgmma_fence();
     start_pairs(s, d_a, own, y, keys + block * KEYS * 2, values + block * KEYS * 128);
     wgmma_commit();
+    float of[KEYS / 16][4];
+    if (LATER) load_deltas(of, deltas + block * KEYS, length - block * KEYS, t);
     wgmma_wait<0>();
 #pragma unroll 1
     for (int n = 0; n < count; n++) {
         settle(s);
         settle(d_a);
-        weigh_gradients<false, LATER>(d_s, s, d_a, delta, deltas + block * KEYS, length - block * KEYS, 0, g, t, scale);
+        weigh_gradients<false, LATER>(d_s, s, d_a, delta, of, 0, g, t, scale);
         const int next = block + NEXT;
         settle(s);
         settle(d_a);
@@ -156,6 +165,7 @@ template <bool LATER> __device__ __forceinline__ void pair_gradient(
         for (int part = 0; part < KEYS / 16; part++) add_16<1>(d_x, d_s[part], keys_down + block * KEYS * 2 + part * 32);
         wgmma_commit();
         block = next;
+        if (LATER) load_deltas(of, deltas + block * KEYS, length - block * KEYS, t);
         wgmma_wait<0>();
     }
 #pragma unroll
@@ -163,7 +173,7 @@ template <bool LATER> __device__ __forceinline__ void pair_gradient(
         settle(s);
         settle(d_a);
         const int place = (LATER ? PARTS - 1 - n : n) * (KEYS / 16) - warp;
-        weigh_gradients<true, LATER>(d_s, s, d_a, delta, deltas + block * KEYS, length - block * KEYS, place, g, t, scale);
+        weigh_gradients<true, LATER>(d_s, s, d_a, delta, of, place, g, t, scale);
         const int next = block + NEXT;
         settle(s);
         settle(d_a);
@@ -174,6 +184,7 @@ template <bool LATER> __device__ __forceinline__ void pair_gradient(
         for (int part = 0; part < KEYS / 16; part++) add_16<1>(d_x, d_s[part], keys_down + block * KEYS * 2 + part * 32);
         wgmma_commit();
         block = next;
+        if (LATER && n + 1 < PARTS) load_deltas(of, deltas + block * KEYS, length - block * KEYS, t);
         wgmma_wait<0>();
     }
     settle(d_x);

@@ -7,10 +7,10 @@ __device__ __forceinline__ int later_blocks(int length, int tile) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2) key_gradients(
-    const u16* q, const u16* k, const u16* v, const u16* g_in, const float* delta,
-    u16* d_k, u16* d_v, const int* segments,
-    const u16* numerator, const float* normaliser,
-    const float* strip_numerator, const float* strip_normaliser,
+    const u16* __restrict__ q, const u16* __restrict__ k, const u16* __restrict__ v, const u16* __restrict__ g_in, const float* __restrict__ delta,
+    u16* __restrict__ d_k, u16* __restrict__ d_v, const int* __restrict__ segments,
+    const u16* __restrict__ numerator, const float* __restrict__ normaliser,
+    const float* __restrict__ strip_numerator, const float* __restrict__ strip_normaliser,
     i64 q_stride_t, i64 q_stride_h, i64 k_stride_t, i64 k_stride_h, i64 v_stride_t, i64 v_stride_h,
     i64 T, i64 H, float scale) {
     extern __shared__ __align__(1024) unsigned char memory[];
@@ -89,11 +89,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) key_gradients(
         float d_x[2][4] = {{0, 0, 0, 0}, {0, 0, 0, 0}};
         u32 own[4];
         Left y;
+        u32 words[2][V / 16][2];
 #pragma unroll
         for (int r = 0; r < 2; r++)
 #pragma unroll
             for (int part = 0; part < V / 16; part++)
-                load_words(y[part][r], y[part][r + 2], v + (row + 8 * r) * v_stride_t + part * 16, t, row + 8 * r < length);
+                load_words(words[r][part], v + (row + 8 * r) * v_stride_t + part * 16, t, row + 8 * r < length);
+#pragma unroll
+        for (int r = 0; r < 2; r++)
+#pragma unroll
+            for (int part = 0; part < V / 16; part++) {
+                exchange_words(words[r][part], t);
+                y[part][r] = words[r][part][0], y[part][r + 2] = words[r][part][1];
+            }
         {
             u32 x[2][8];
             load_own(x, k, k_stride_t, row, length, t);

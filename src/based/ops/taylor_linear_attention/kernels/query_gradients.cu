@@ -1,10 +1,10 @@
 // d_q, g and delta on Hopper: what kernels/gradients.py's query_gradients computes, at feature_dim 16.
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2) query_gradients(
-    const u16* q, const u16* k, const u16* v, const u16* out, const u16* d_out, const float* inverse,
-    u16* g_out, float* delta_out, u16* d_q, const int* segments,
-    const u16* numerator, const float* normaliser,
-    const float* strip_numerator, const float* strip_normaliser,
+    const u16* __restrict__ q, const u16* __restrict__ k, const u16* __restrict__ v, const u16* __restrict__ out, const u16* __restrict__ d_out, const float* __restrict__ inverse,
+    u16* __restrict__ g_out, float* __restrict__ delta_out, u16* __restrict__ d_q, const int* __restrict__ segments,
+    const u16* __restrict__ numerator, const float* __restrict__ normaliser,
+    const float* __restrict__ strip_numerator, const float* __restrict__ strip_normaliser,
     i64 q_stride_t, i64 q_stride_h, i64 k_stride_t, i64 k_stride_h, i64 v_stride_t, i64 v_stride_h,
     i64 d_stride_t, i64 d_stride_h, i64 T, i64 H, float scale) {
     extern __shared__ __align__(1024) unsigned char memory[];
@@ -54,25 +54,34 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) query_gradients(
         const bool any = first < length;
         Left y;
         float delta[2];
+        // All rows are asked for before the first is used.
+        u32 d[2][V / 16][2], o[2][V / 16][2];
+#pragma unroll
+        for (int r = 0; r < 2; r++)
+#pragma unroll
+            for (int part = 0; part < V / 16; part++) {
+                const bool real = row + 8 * r < length;
+                load_words(d[r][part], d_out + (row + 8 * r) * d_stride_t + part * 16, t, real);
+                load_words(o[r][part], out + (i64)(row + 8 * r) * H * V + part * 16, t, real);
+            }
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             const bool real = row + 8 * r < length;
             const float one_over = real ? inverse[row + 8 * r] : 0;
-            const i64 at = (i64)(row + 8 * r) * H * V;
             float sum = 0;
 #pragma unroll
             for (int part = 0; part < V / 16; part++) {
-                u32 d[2], o[2];
-                load_words(d[0], d[1], d_out + (row + 8 * r) * d_stride_t + part * 16, t, real);
-                load_words(o[0], o[1], out + at + part * 16, t, real);
+                exchange_words(d[r][part], t);
+                exchange_words(o[r][part], t);
 #pragma unroll
                 for (int side = 0; side < 2; side++) {
-                    const u32 word = pack(low(d[side]) * one_over, high(d[side]) * one_over);
+                    const u32 two = d[r][part][side], outs = o[r][part][side];
+                    const u32 word = pack(low(two) * one_over, high(two) * one_over);
                     // Of g as it was rounded: what v has in common cancels in g . (v - out).
-                    sum += low(word) * low(o[side]) + high(word) * high(o[side]);
+                    sum += low(word) * low(outs) + high(word) * high(outs);
                     y[part][r + 2 * side] = word;
                 }
-                store_words(g_out + at + part * 16, y[part][r], y[part][r + 2], t, real);
+                store_words(g_out + (i64)(row + 8 * r) * H * V + part * 16, y[part][r], y[part][r + 2], t, real);
             }
             sum += __shfl_xor_sync(~0u, sum, 1);
             sum += __shfl_xor_sync(~0u, sum, 2);

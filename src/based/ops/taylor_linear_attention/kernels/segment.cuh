@@ -60,7 +60,8 @@ __device__ __forceinline__ void load_state(
     const int row = thread / LANES, c = thread % LANES;
     const u32 to = shared + place(row, c, STATE_PANEL);
     if (c >= V / 8) return;
-#pragma unroll
+    // Sums of strips pass through registers, of which more would be spilled.
+#pragma unroll(STRIPS ? 2 : ROWS)
     for (int n = 0; n * STEP < ROWS; n++) {
         const int r = row + n * STEP;
         // Diagonals stand as in memory; then the constant, zeros, the linear terms.
@@ -172,12 +173,16 @@ __device__ __forceinline__ void store_words(u16* row, u32 even, u32 odd, int t, 
     const uint2_ pair = t & 1 ? uint2_{got, odd} : uint2_{even, got};
     if (real) *(uint2_*)(row + (t & 1) * 8 + (t >> 1) * 4) = pair;
 }
-__device__ __forceinline__ void load_words(u32& even, u32& odd, const u16* row, int t, bool real) {
+// The same way back: words as they stand in memory, then the thread's own two.
+__device__ __forceinline__ void load_words(u32 (&words)[2], const u16* row, int t, bool real) {
     uint2_ pair = {0, 0};
     if (real) pair = *(const uint2_*)(row + (t & 1) * 8 + (t >> 1) * 4);
-    const u32 got = __shfl_xor_sync(~0u, t & 1 ? pair.x : pair.y, 1);
-    even = t & 1 ? got : pair.x;
-    odd = t & 1 ? pair.y : got;
+    words[0] = pair.x, words[1] = pair.y;
+}
+__device__ __forceinline__ void exchange_words(u32 (&words)[2], int t) {
+    const u32 got = __shfl_xor_sync(~0u, t & 1 ? words[0] : words[1], 1);
+    words[0] = t & 1 ? got : words[0];
+    words[1] = t & 1 ? words[1] : got;
 }
 
 // acc + phi(x) times the state; only queries' features have Taylor weights.

@@ -98,8 +98,8 @@ __device__ __forceinline__ void store_sums(float* to, const float (&sums)[4], in
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2) sum_states(
-    const u16* x, const u16* y, const float* delta, const int* strips,
-    u16* numerator, float* normaliser, float* strip_numerator, float* strip_normaliser,
+    const u16* __restrict__ x, const u16* __restrict__ y, const float* __restrict__ delta, const int* __restrict__ strips,
+    u16* __restrict__ numerator, float* __restrict__ normaliser, float* __restrict__ strip_numerator, float* __restrict__ strip_normaliser,
     i64 x_stride_t, i64 x_stride_h, i64 y_stride_t, i64 y_stride_h, i64 T, i64 H) {
     extern __shared__ __align__(1024) unsigned char memory[];
     const u32 shared = address(memory), factors = shared + STAGES * STAGE;
@@ -182,22 +182,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) sum_states(
         load(c + STAGES - 2);
         if (QUERIES) factor = factor_of(c + 2);
         const u32 stage = shared + c % STAGES * STAGE;
-        u32 phi[CHUNK / 16][4];
-        if (d < 8) {
-#pragma unroll
-            for (int i = 0; i < CHUNK / 16; i++) {
-                u32 keys[4];
-                load_transposed(keys, stage + AT_KEYS + i * 16 * 32, lane);
-                features_of<0>(phi[i], keys, d, from, wraps);
-            }
-        } else {
-#pragma unroll
-            for (int i = 0; i < CHUNK / 16; i++) {
-                u32 keys[4];
-                load_transposed(keys, stage + AT_KEYS + i * 16 * 32, lane);
-                features_of<8>(phi[i], keys, d, from, wraps);
-            }
-        }
         if (c > 0 && c % (LENGTH / CHUNK) == 0) {
             const int number = c / (LENGTH / CHUNK), segment = QUERIES ? segments - 1 - number : number;
             const i64 slot = (first_segment + segment) * H + head;
@@ -209,13 +193,30 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) sum_states(
         const u64 weights = descriptor<0>(factors + place * CHUNK * 16, 128, 128);
         settle(acc);
         settle(sums);
-        wgmma_fence();
+        // Features of the second half are made while the first is multiplied.
+        u32 phi[CHUNK / 16][4];
 #pragma unroll
-        for (int i = 0; i < CHUNK / 16; i++) {
-            ADD_N<1>(acc, phi[i], values + i * 128);
-            add_8<1>(sums, phi[i], weights + i * 16);
+        for (int half = 0; half < 2; half++) {
+            constexpr int PARTS = CHUNK / 32;
+            u32 keys[PARTS][4];
+#pragma unroll
+            for (int i = 0; i < PARTS; i++)
+                load_transposed(keys[i], stage + AT_KEYS + (half * PARTS + i) * 16 * 32, lane);
+            if (d < 8) {
+#pragma unroll
+                for (int i = 0; i < PARTS; i++) features_of<0>(phi[half * PARTS + i], keys[i], d, from, wraps);
+            } else {
+#pragma unroll
+                for (int i = 0; i < PARTS; i++) features_of<8>(phi[half * PARTS + i], keys[i], d, from, wraps);
+            }
+            wgmma_fence();
+#pragma unroll
+            for (int i = half * PARTS; i < (half + 1) * PARTS; i++) {
+                ADD_N<1>(acc, phi[i], values + i * 128);
+                add_8<1>(sums, phi[i], weights + i * 16);
+            }
+            wgmma_commit();
         }
-        wgmma_commit();
         wgmma_wait<0>();
         settle(acc);
         settle(sums);

@@ -31,12 +31,13 @@ __device__ __forceinline__ void start_features(float (&d_phi)[16], const Left& y
 template <bool QUERIES> __device__ __forceinline__ void state_gradient(
     float (&d_x)[2][4], const u32 (&x)[2][8], const u32 (&own)[4], const Left& y, u32 shared, int t) {
     float rolled[2][4] = {{0, 0, 0, 0}, {0, 0, 0, 0}};  // second factors' gradients, rolled back a step a diagonal
-    float d_phi[2][16];
-    start_features(d_phi[0], y, shared, 4);
+    float d_phi[AHEAD + 1][16];
+    if (AHEAD) start_features(d_phi[0], y, shared, 4);
 #pragma unroll
     for (int step = 0; step < 5; step++) {
-        float (&now)[16] = d_phi[step & 1];
-        if (step < 4) {
+        float (&now)[16] = d_phi[AHEAD ? step & 1 : 0];
+        if (!AHEAD) start_features(now, y, shared, 4 - step);
+        if (AHEAD && step < 4) {
             start_features(d_phi[1 - (step & 1)], y, shared, 3 - step);
             wgmma_wait<1>();
         } else {

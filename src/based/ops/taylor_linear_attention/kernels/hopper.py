@@ -142,6 +142,8 @@ def segment_source(name: str, V: int, strips: bool) -> str:
         # Keys whose weights, and blocks of features whose products, are in registers together.
         "KEYS": keys,
         "BATCH": 5 if wide else 2,
+        # Whether the next features' gradients are computed beside the present ones' use.
+        "AHEAD": V <= 64 or (not strips and V <= 112),
         "ADD_V": f"add_{V}",
         "START_KEYS": f"start_{keys}",
         "ADD_KEYS": f"add_{keys}",

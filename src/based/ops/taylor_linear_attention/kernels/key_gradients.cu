@@ -114,7 +114,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) key_gradients(
                 for (int r = 0; r < 2; r++)
 #pragma unroll
                     for (int i = 0; i < 4; i++)
-                        d_x[r][i] += mixed[r][i] + sum_of(normaliser, strip_normaliser, inside, 1 + 2 * t + (i & 1) + (i >> 1) * 8);
+                        d_x[r][i] += mixed[r][i] + linear_of(normaliser, strip_normaliser, inside, t, i);
             }
         }
         float pairs[8];

@@ -107,7 +107,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) query_gradients(
                 for (int r = 0; r < 2; r++)
 #pragma unroll
                     for (int i = 0; i < 4; i++) {
-                        const float linear = sum_of(normaliser, strip_normaliser, inside, 1 + 2 * t + (i & 1) + (i >> 1) * 8);
+                        const float linear = linear_of(normaliser, strip_normaliser, inside, t, i);
                         d_x[r][i] = d_x[r][i] * (1.0f / 16) + delta[r] * (mixed[r][i] + scale * linear);
                     }
             }

@@ -54,6 +54,12 @@ __device__ __forceinline__ float sum_of(const float* in_strip, const float* befo
 // in the swizzle stays.
 constexpr int LANES = V <= 16 ? 2 : V <= 32 ? 4 : V <= 64 ? 8 : 16, STEP = THREADS / LANES;
 
+// The linear term of a normaliser for the thread's column i (of 4), read when it is needed.
+__device__ __forceinline__ float linear_of(const float* in_strip, const float* before, bool inside, int t, int i) {
+    const int column = 1 + 2 * t + (i & 1) + (i >> 1) * 8;
+    return (inside ? load_here(in_strip + column) : 0) + (STRIPS ? load_here(before + column) : 0);
+}
+
 // The numerator into its panels, in bfloat16.
 __device__ __forceinline__ void load_state(
     u32 shared, const u16* in_strip, const float* before, bool inside, int thread) {

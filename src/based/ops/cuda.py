@@ -31,12 +31,16 @@ def source_of(
         else f"constexpr {'bool' if isinstance(value, bool) else 'int'} {name} = {int(value)};"
         for name, value in constants.items()
     ]
-    wrappers = [_wgmma(width) for width in sorted(set(widths))]
-    shared = (Path(__file__).parent / "hopper.cuh").read_text()
-    return "\n".join([shared, *wrappers, *lines, *(path.read_text() for path in paths)])
+    wrappers = [wgmma_wrappers(width) for width in sorted(set(widths))]
+    return "\n".join([header(), *wrappers, *lines, *(path.read_text() for path in paths)])
 
 
-def _wgmma(n: int) -> str:
+def header() -> str:
+    """What all kernels begin with."""
+    return Path(__file__).with_name("hopper.cuh").read_text()
+
+
+def wgmma_wrappers(n: int) -> str:
     """add_<n>: d += a b; start_<n>: d = a b. a is 64 x 16 in registers, b 16 x n, described."""
     registers = ", ".join(f"%{i}" for i in range(n // 2))
     left = ", ".join(f"%{n // 2 + i}" for i in range(4))
@@ -94,7 +98,7 @@ def compile_kernel(
         _check(driver.cuFuncSetAttribute(function, SHARED_SIZE, shared))
 
     def launch(grid: int, block: int, *arguments: Argument) -> None:
-        values = [_value(argument) for argument in arguments]
+        values = [as_c(argument) for argument in arguments]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(x) for x in values))
         size = grid, 1, 1, block, 1, 1, shared
         with torch.cuda.device(device):
@@ -121,7 +125,8 @@ def _compile(nvrtc: ctypes.CDLL, source: str) -> bytes:
     return image.raw
 
 
-def _value(argument: Argument) -> ctypes.c_void_p | ctypes.c_int64 | ctypes.c_float:
+def as_c(argument: Argument) -> ctypes.c_void_p | ctypes.c_int64 | ctypes.c_float:
+    """A kernel's argument: a pointer, a 64-bit integer or a 32-bit float."""
     if isinstance(argument, Tensor):
         return ctypes.c_void_p(argument.data_ptr())
     return ctypes.c_float(argument) if isinstance(argument, float) else ctypes.c_int64(argument)

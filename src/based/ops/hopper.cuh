@@ -71,6 +71,13 @@ __device__ __forceinline__ void keep(u32 to, u32 word) {
     asm volatile("st.volatile.shared.b32 [%0], %1;" ::"r"(to), "r"(word) : "memory");
 }
 
+// Four 8 x 8 matrices of bfloat16, transposed: lane l points to row l % 8 of matrix l / 8, and gets of
+// each two entries of column l / 4, those of rows 2 (l % 4) and the next.
+__device__ __forceinline__ void load_matrices(u32 (&x)[4], u32 row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+        : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(row));
+}
+
 // One warp's product, d += a b: a is 16 x 16, b 16 x 8, all in registers.
 __device__ __forceinline__ void multiply_add(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"

@@ -22,8 +22,7 @@ __device__ __forceinline__ void store_factor(u32 to, float factor) {
 __device__ __forceinline__ void load_transposed(u32 (&x)[4], u32 keys, int lane) {
     // Lanes 8 i to 8 i + 7 point to the rows of matrix i: tokens 8 (i / 2) on, channels 8 (i % 2) on.
     const int row = (lane & 7) + (lane >> 4) * 8, c = lane >> 3 & 1;
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-        : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(keys + row * 32 + ((c ^ (row >> 2 & 1)) << 4)));
+    load_matrices(x, keys + row * 32 + ((c ^ (row >> 2 & 1)) << 4));
 }
 
 // Features of diagonal d: x times x rolled by d, whose row g is lane `from`'s.

@@ -1,7 +1,8 @@
-"""The kernels in CUDA C++ for Hopper: compiled anywhere with nvcc, run against float64 on one."""
+"""The kernels in CUDA C++ for Hopper: against float64 on a CPU, emulated, and on such a GPU."""
 
 import shutil
 import subprocess
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -10,22 +11,27 @@ from torch import Tensor
 from based.ops import kernels
 from based.ops.taylor_linear_attention import chunked
 from based.ops.taylor_linear_attention.kernels import hopper, launch
-from tests.ops.test_taylor_kernels import compare, draw, error, initial_state
+from tests.ops.emulation import COMPILER, emulate
+from tests.ops.test_taylor_kernels import LIMITS, compare, draw, error, initial_state
 
 IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 on_hopper = pytest.mark.skipif(not IS_HOPPER, reason="needs a GPU of compute capability 9.0")
+emulated = pytest.mark.skipif(
+    COMPILER is None or torch.cuda.is_available(), reason="needs g++, and no GPU"
+)
 with_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
 NAMES = ("attend", "query_gradients", "key_gradients")
 
 
 @with_nvcc
 @pytest.mark.parametrize("name", [*NAMES, "sum_states"])
+@pytest.mark.parametrize("strips", [False, True])
 @pytest.mark.parametrize("V", [64, 112])
-def test_sources_compile_and_keep_their_products_in_flight(name, V, tmp_path) -> None:
+def test_sources_compile_and_keep_their_products_in_flight(name, V, strips, tmp_path) -> None:
     """ptxas says when it waits for every single product, which costs most of the speed."""
     source = tmp_path / "kernel.cu"
-    text = hopper.states_source(V, False)
-    source.write_text(text if name == "sum_states" else hopper.segment_source(name, V, False))
+    text = hopper.states_source(V, strips)
+    source.write_text(text if name == "sum_states" else hopper.segment_source(name, V, strips))
     flags = ["-cubin", "-arch=sm_90a", "-std=c++17", "-Xptxas", "-v", "-o", tmp_path / "out"]
     done = subprocess.run(["nvcc", *flags, source], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -59,6 +65,48 @@ def test_what_the_kernels_take(change, taken: bool, monkeypatch) -> None:
 def few_programs(monkeypatch) -> None:
     """So that a few segments are already several strips."""
     monkeypatch.setattr(launch, "PROGRAMS", 2)
+
+
+@pytest.fixture
+def on_this_machine(monkeypatch, tmp_path_factory) -> Iterator[Callable[[bool], None]]:
+    """Emulates Hopper. What was not written is NaN, in shared memory and in new tensors."""
+    folder = tmp_path_factory.getbasetemp() / "emulated"  # compiled once a worker
+    folder.mkdir(exist_ok=True)
+    monkeypatch.setitem(LIMITS, torch.bfloat16, (4e-3, 1e-2, 2e-3))
+    yield lambda late: emulate(monkeypatch, folder, late)
+    torch.use_deterministic_algorithms(False)
+    for kept in (hopper._segment_kernel, hopper._states_kernel):
+        kept.cache_clear()
+
+
+@emulated
+@pytest.mark.parametrize("late", [False, True])
+def test_one_strip_a_sequence_emulated(late, on_this_machine) -> None:
+    """Whether asynchronous copies and products happen at once or when they are waited for."""
+    on_this_machine(late)
+    q, k = 4 * draw(1, 333, 2, 16), draw(1, 333, 2, 16)
+    torch.use_deterministic_algorithms(True)
+    compare(q, k, draw(1, 333, 2, 64) + 0.5, torch.bfloat16)
+
+
+@emulated
+@pytest.mark.parametrize("length", [1, 63, 256, 600])
+def test_lengths_emulated(length, on_this_machine, few_programs) -> None:
+    """With an initial state, and several strips."""
+    on_this_machine(False)
+    q, k = draw(1, length, 1, 16), draw(1, length, 1, 16)
+    state = initial_state(1, 1, 16, 112)
+    torch.use_deterministic_algorithms(True)
+    compare(q, k, draw(1, length, 1, 112) + 0.5, torch.bfloat16, state)
+
+
+@emulated
+def test_packed_sequences_emulated(on_this_machine, few_programs) -> None:
+    on_this_machine(False)
+    edges = torch.tensor([0, 30, 30, 31, 600])
+    q, k, v = draw(1, 600, 2, 16), draw(1, 600, 2, 16), draw(1, 600, 2, 48)
+    torch.use_deterministic_algorithms(True)
+    compare(q, k, v, torch.bfloat16, None, edges)
 
 
 @pytest.mark.gpu
@@ -122,6 +170,24 @@ def test_a_nan_stays_in_its_sequence() -> None:
         assert not x[0, :300].isnan().any()
         assert not x[0, 600:].isnan().any()
     assert not final[[0, 2]].isnan().any()
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("head_dim", [64, 112])
+def test_what_nobody_wrote_does_not_count(head_dim, few_programs) -> None:
+    """New tensors are NaN, and so is what the run before left in shared memory."""
+    nothing = torch.full((8, 1000, 8, 16), float("nan"), device="cuda").bfloat16()
+    values = nothing.repeat(1, 1, 1, head_dim // 16)
+    out, *_, inverse, states = launch.forward(nothing, nothing, values, None, None, None, True)
+    launch.backward(nothing, nothing, values, None, out, inverse, states, out, None, None)
+    q, k = draw(2, 333, 3, 16), draw(2, 333, 3, 16)
+    state = initial_state(2, 3, 16, head_dim)
+    torch.use_deterministic_algorithms(True)
+    try:
+        compare(q, k, draw(2, 333, 3, head_dim) + 0.5, torch.bfloat16, state)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.gpu

@@ -18,6 +18,8 @@ __device__ __forceinline__ u32 pack(float even, float odd) {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(odd), "f"(even));
     return pair;
 }
+// Rounded once.
+__device__ __forceinline__ u32 added(u32 a, u32 b) { return pack(low(a) + low(b), high(a) + high(b)); }
 __device__ __forceinline__ u32 times(u32 a, u32 b) {
     u32 product;
     asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));

@@ -31,7 +31,7 @@ def _built(source: str, name: str, folder: Path) -> ctypes.CDLL:
     stem = hashlib.sha256((source + name).encode()).hexdigest()[:16]
     path = folder / f"{stem}.cpp"
     path.write_text(
-        f"{source}\nextern \"C\" void launch_it(int grid, int threads, void** values) "
+        f'{source}\nextern "C" void launch_it(int grid, int threads, void** values) '
         f"{{ arguments = values; launch<{name}>({name}, grid, threads); }}\n"
     )
     assert COMPILER is not None
@@ -49,9 +49,7 @@ def emulate(monkeypatch: pytest.MonkeyPatch, folder: Path, late: bool) -> None:
         text = (HERE / "hopper.cuh").read_text()
         return f"constexpr bool LATE = {str(late).lower()};\n{text}"
 
-    def compiled(
-        name: str, source: str, shared: int, device: torch.device
-    ) -> Callable[..., None]:
+    def compiled(name: str, source: str, shared: int, device: torch.device) -> Callable[..., None]:
         library = _built(source, name, folder)
 
         def launch(grid: int, block: int, *values: cuda.Argument) -> None:

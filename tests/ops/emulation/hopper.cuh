@@ -108,6 +108,7 @@ inline u32 __byte_perm(u32 a, u32 b, u32 which) {
 inline float low(u32 pair) { return __uint_as_float(pair << 16); }
 inline float high(u32 pair) { return __uint_as_float(pair & 0xFFFF0000u); }
 inline u32 pack(float even, float odd) { return (u32)rounded(odd) << 16 | rounded(even); }
+inline u32 added(u32 a, u32 b) { return pack(low(a) + low(b), high(a) + high(b)); }
 inline u32 times(u32 a, u32 b) { return pack(low(a) * low(b), high(a) * high(b)); }
 
 // ---- memory

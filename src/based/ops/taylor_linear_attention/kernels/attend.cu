@@ -3,7 +3,7 @@
 extern "C" __global__ void __launch_bounds__(THREADS, 2) attend(
     const u16* __restrict__ q, const u16* __restrict__ k, const u16* __restrict__ v, u16* __restrict__ out, float* __restrict__ inverse, const int* __restrict__ segments,
     const u16* __restrict__ numerator, const float* __restrict__ normaliser,
-    const float* __restrict__ strip_numerator, const float* __restrict__ strip_normaliser,
+    const u16* __restrict__ strip_numerator, const float* __restrict__ strip_normaliser,
     i64 q_stride_t, i64 q_stride_h, i64 k_stride_t, i64 k_stride_h, i64 v_stride_t, i64 v_stride_h,
     i64 T, i64 H, float scale) {
     extern __shared__ __align__(1024) unsigned char memory[];

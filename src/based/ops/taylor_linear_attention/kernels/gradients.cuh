@@ -132,7 +132,7 @@ template <bool MASKED, bool LATER> __device__ __forceinline__ void weigh_gradien
     }
 }
 
-// d_x and what the pairs of 64 rows and columns up to (LATER: from) each row's own add; `deltas`
+// d_x, as a product of 16 columns has it, and what the pairs of 64 rows and columns up to (LATER: from) each row's own add; `deltas`
 // begin at the segment's first token.
 template <bool LATER> __device__ __forceinline__ void pair_gradient(
     float (&d_x)[8], const u32 (&own)[4], const Left& y, const float (&delta)[2], const float* deltas, int length,
@@ -143,8 +143,6 @@ template <bool LATER> __device__ __forceinline__ void pair_gradient(
     const u32 values = shared + AT_VALUES;
     float s[KEYS / 2], d_a[KEYS / 2];
     u32 d_s[KEYS / 16][4];
-#pragma unroll
-    for (int i = 0; i < 8; i++) d_x[i] = 0;
     wgmma_fence();
     start_pairs(s, d_a, own, y, keys + block * KEYS * 2, values + block * KEYS * 128);
     wgmma_commit();

@@ -10,7 +10,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) key_gradients(
     const u16* __restrict__ q, const u16* __restrict__ k, const u16* __restrict__ v, const u16* __restrict__ g_in, const float* __restrict__ delta,
     u16* __restrict__ d_k, u16* __restrict__ d_v, const int* __restrict__ segments,
     const u16* __restrict__ numerator, const float* __restrict__ normaliser,
-    const float* __restrict__ strip_numerator, const float* __restrict__ strip_normaliser,
+    const u16* __restrict__ strip_numerator, const float* __restrict__ strip_normaliser,
     i64 q_stride_t, i64 q_stride_h, i64 k_stride_t, i64 k_stride_h, i64 v_stride_t, i64 v_stride_h,
     i64 T, i64 H, float scale) {
     extern __shared__ __align__(1024) unsigned char memory[];
@@ -117,15 +117,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) key_gradients(
                         d_x[r][i] += mixed[r][i] + linear_of(normaliser, strip_normaliser, inside, t, i);
             }
         }
-        float pairs[8];
         const float none[2] = {0, 0};
+        float pairs[8];
+#pragma unroll
+        for (int i = 0; i < 8; i++) pairs[i] = d_x[i >> 1 & 1][(i >> 2) * 2 + (i & 1)];
         pair_gradient<true>(pairs, own, y, none, delta, length, shared, tile, later_blocks(length, tile), warp, g, t, scale);
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             u32 words[2];
 #pragma unroll
             for (int side = 0; side < 2; side++)
-                words[side] = pack(d_x[r][2 * side] + pairs[4 * side + 2 * r], d_x[r][2 * side + 1] + pairs[4 * side + 2 * r + 1]);
+                words[side] = pack(pairs[4 * side + 2 * r], pairs[4 * side + 2 * r + 1]);
             store_words(d_k + (i64)(row + 8 * r) * H * 16, words[0], words[1], t, row + 8 * r < length);
         }
     }

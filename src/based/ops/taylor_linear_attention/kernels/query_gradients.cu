@@ -4,7 +4,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) query_gradients(
     const u16* __restrict__ q, const u16* __restrict__ k, const u16* __restrict__ v, const u16* __restrict__ out, const u16* __restrict__ d_out, const float* __restrict__ inverse,
     u16* __restrict__ g_out, float* __restrict__ delta_out, u16* __restrict__ d_q, const int* __restrict__ segments,
     const u16* __restrict__ numerator, const float* __restrict__ normaliser,
-    const float* __restrict__ strip_numerator, const float* __restrict__ strip_normaliser,
+    const u16* __restrict__ strip_numerator, const float* __restrict__ strip_normaliser,
     i64 q_stride_t, i64 q_stride_h, i64 k_stride_t, i64 k_stride_h, i64 v_stride_t, i64 v_stride_h,
     i64 d_stride_t, i64 d_stride_h, i64 T, i64 H, float scale) {
     extern __shared__ __align__(1024) unsigned char memory[];
@@ -93,7 +93,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) query_gradients(
             __syncthreads();
         }
         if (!any) continue;
-        float d_x[2][4] = {{0, 0, 0, 0}, {0, 0, 0, 0}}, pairs[8];
+        float d_x[2][4] = {{0, 0, 0, 0}, {0, 0, 0, 0}};
         u32 own[4];
         {
             u32 x[2][8];
@@ -112,13 +112,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) query_gradients(
                     }
             }
         }
+        float pairs[8];
+#pragma unroll
+        for (int i = 0; i < 8; i++) pairs[i] = d_x[i >> 1 & 1][(i >> 2) * 2 + (i & 1)];
         pair_gradient<false>(pairs, own, y, delta, nullptr, length, shared, tile, tile * (TILE / KEYS), warp, g, t, scale);
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             u32 words[2];
 #pragma unroll
             for (int side = 0; side < 2; side++)
-                words[side] = pack(d_x[r][2 * side] + pairs[4 * side + 2 * r], d_x[r][2 * side + 1] + pairs[4 * side + 2 * r + 1]);
+                words[side] = pack(pairs[4 * side + 2 * r], pairs[4 * side + 2 * r + 1]);
             store_words(d_q + (i64)(row + 8 * r) * H * 16, words[0], words[1], t, row + 8 * r < length);
         }
     }

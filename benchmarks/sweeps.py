@@ -68,12 +68,16 @@ def main(options: Options) -> None:
         sweep = sweep_of(name, rows.RESULTS / "recall", options)
         console.rule(f"{name} ({left:.0f} minutes left)")
         began, before = time.monotonic(), len(read_rows(sweep.out / "results.jsonl"))
-        run(replace(sweep, minutes=left))
-        found = len(read_rows(sweep.out / "results.jsonl"))
+        try:
+            run(replace(sweep, minutes=left))
+        finally:
+            # A call that is interrupted has taken its time too.
+            found = len(read_rows(sweep.out / "results.jsonl"))
+            took = {"seconds": time.monotonic() - began, "gpus": torch.cuda.device_count()}
+            if found > before:
+                rows.add_row("sweeps", {"sweep": name, "first": before, "last": found}, took)
         if found > before:
             run(Plot(sweep.out))
-            took = {"seconds": time.monotonic() - began, "gpus": torch.cuda.device_count()}
-            rows.add_row("sweeps", {"sweep": name, "first": before, "last": found}, took)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from based.recall.command import Sweep
 from based.recall.config import Point, Recipe
 from based.recall.grids import named_grid
 from based.recall.mqar import Task
@@ -69,3 +70,20 @@ def test_every_sweep_leaves_rows_a_picture_and_its_time(
     assert [row["sweep"] for row in took] == list(options.sweeps)
     sweeps.main(options)
     assert rows.read_rows("sweeps") == took
+
+
+def test_a_call_that_is_interrupted_says_what_it_took(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(sweep: Sweep) -> None:
+        sweep.out.mkdir(parents=True)
+        (sweep.out / "results.jsonl").write_text("{}\n")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(rows, "RESULTS", tmp_path)
+    monkeypatch.setattr(sweeps, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sweeps.main(sweeps.Options(("core",)))
+    (took,) = rows.read_rows("sweeps")
+    assert (took["sweep"], took["first"], took["last"]) == ("core", 0, 1)
+    assert took["seconds"] >= 0

@@ -1,7 +1,8 @@
 // Outputs of Taylor linear attention on Hopper: what kernels/outputs.py computes, at feature_dim 16.
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2) attend(
-    const u16* __restrict__ q, const u16* __restrict__ k, const u16* __restrict__ v, u16* __restrict__ out, float* __restrict__ inverse, const int* __restrict__ segments,
+    const u16* __restrict__ q, const u16* __restrict__ k, const u16* __restrict__ v,
+    u16* __restrict__ out, float* __restrict__ inverse, const int* __restrict__ segments,
     const u16* __restrict__ numerator, const float* __restrict__ normaliser,
     const u16* __restrict__ strip_numerator, const float* __restrict__ strip_normaliser,
     i64 q_stride_t, i64 q_stride_h, i64 k_stride_t, i64 k_stride_h, i64 v_stride_t, i64 v_stride_h,
@@ -9,7 +10,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attend(
     extern __shared__ __align__(1024) unsigned char memory[];
     const u32 shared = address(memory);
     const int thread = threadIdx.x, lane = thread & 31;
-    const int half = __shfl_sync(~0u, thread >> 7, 0), warp = __shfl_sync(~0u, thread >> 5 & 3, 0);  // uniform, so that wgmma may be in flight
+    // Known to be uniform, so that wgmma may be in flight.
+    const int half = __shfl_sync(~0u, thread >> 7, 0), warp = __shfl_sync(~0u, thread >> 5 & 3, 0);
     const int g = lane >> 2, t = lane & 3;
     const auto [begin, slot, strip_slot, head, length, inside, has_state] = segment_of(segments, H, false);
     if (length <= 0) return;

@@ -132,14 +132,14 @@ template <bool MASKED, bool LATER> __device__ __forceinline__ void weigh_gradien
     }
 }
 
-// d_x, as a product of 16 columns has it, and what the pairs of 64 rows and columns up to (LATER: from) each row's own add; `deltas`
-// begin at the segment's first token.
+// d_x, as a product of 16 columns has it, and what pairs add: 64 rows, with all columns up to (LATER:
+// from) each row's own. `deltas` begin at the segment's first token.
 template <bool LATER> __device__ __forceinline__ void pair_gradient(
     float (&d_x)[8], const u32 (&own)[4], const Left& y, const float (&delta)[2], const float* deltas, int length,
     u32 shared, int tile, int count, int warp, int g, int t, float scale) {
     constexpr int NEXT = LATER ? -1 : 1, PARTS = TILE / KEYS;
     int block = LATER ? (tile + 1) * PARTS + count - 1 : 0;
-    const u64 keys = descriptor<3>(shared + AT_KEYS, 0, 256), keys_down = descriptor<3>(shared + AT_KEYS, 0, 256);
+    const u64 keys = descriptor<3>(shared + AT_KEYS, 0, 256);
     const u32 values = shared + AT_VALUES;
     float s[KEYS / 2], d_a[KEYS / 2];
     u32 d_s[KEYS / 16][4];
@@ -161,7 +161,7 @@ template <bool LATER> __device__ __forceinline__ void pair_gradient(
         wgmma_fence();
         start_pairs(s, d_a, own, y, keys + next * KEYS * 2, values + next * KEYS * 128);
 #pragma unroll
-        for (int part = 0; part < KEYS / 16; part++) add_16<1>(d_x, d_s[part], keys_down + block * KEYS * 2 + part * 32);
+        for (int part = 0; part < KEYS / 16; part++) add_16<1>(d_x, d_s[part], keys + block * KEYS * 2 + part * 32);
         wgmma_commit();
         block = next;
         if (LATER) load_deltas(of, deltas + block * KEYS, length - block * KEYS, t);
@@ -180,7 +180,7 @@ template <bool LATER> __device__ __forceinline__ void pair_gradient(
         wgmma_fence();
         if (n + 1 < PARTS) start_pairs(s, d_a, own, y, keys + next * KEYS * 2, values + next * KEYS * 128);
 #pragma unroll
-        for (int part = 0; part < KEYS / 16; part++) add_16<1>(d_x, d_s[part], keys_down + block * KEYS * 2 + part * 32);
+        for (int part = 0; part < KEYS / 16; part++) add_16<1>(d_x, d_s[part], keys + block * KEYS * 2 + part * 32);
         wgmma_commit();
         block = next;
         if (LATER && n + 1 < PARTS) load_deltas(of, deltas + block * KEYS, length - block * KEYS, t);

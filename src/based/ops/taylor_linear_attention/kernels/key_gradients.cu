@@ -7,7 +7,8 @@ __device__ __forceinline__ int later_blocks(int length, int tile) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2) key_gradients(
-    const u16* __restrict__ q, const u16* __restrict__ k, const u16* __restrict__ v, const u16* __restrict__ g_in, const float* __restrict__ delta,
+    const u16* __restrict__ q, const u16* __restrict__ k, const u16* __restrict__ v,
+    const u16* __restrict__ g_in, const float* __restrict__ delta,
     u16* __restrict__ d_k, u16* __restrict__ d_v, const int* __restrict__ segments,
     const u16* __restrict__ numerator, const float* __restrict__ normaliser,
     const u16* __restrict__ strip_numerator, const float* __restrict__ strip_normaliser,

@@ -1,7 +1,8 @@
 // d_q, g and delta on Hopper: what kernels/gradients.py's query_gradients computes, at feature_dim 16.
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2) query_gradients(
-    const u16* __restrict__ q, const u16* __restrict__ k, const u16* __restrict__ v, const u16* __restrict__ out, const u16* __restrict__ d_out, const float* __restrict__ inverse,
+    const u16* __restrict__ q, const u16* __restrict__ k, const u16* __restrict__ v,
+    const u16* __restrict__ out, const u16* __restrict__ d_out, const float* __restrict__ inverse,
     u16* __restrict__ g_out, float* __restrict__ delta_out, u16* __restrict__ d_q, const int* __restrict__ segments,
     const u16* __restrict__ numerator, const float* __restrict__ normaliser,
     const u16* __restrict__ strip_numerator, const float* __restrict__ strip_normaliser,

@@ -188,7 +188,8 @@ __device__ __forceinline__ void exchange_words(u32 (&words)[2], int t) {
 }
 
 // acc + phi(x) times the state; only queries' features have Taylor weights.
-template <bool QUERIES> __device__ __forceinline__ void read_state(float (&acc)[V / 2], const u32 (&x)[2][8], u32 shared, int t) {
+template <bool QUERIES> __device__ __forceinline__ void read_state(
+    float (&acc)[V / 2], const u32 (&x)[2][8], u32 shared, int t) {
     const u64 state = descriptor<1>(shared, STATE_PANEL, 1024);
     u32 phi[10][4];
 #pragma unroll
@@ -256,7 +257,8 @@ template <bool MASKED, bool LATER> __device__ __forceinline__ void weigh(
 // acc and below with the pairs of 64 rows and all columns up to (LATER: from) each row's own. The
 // blocks on the rows' own tile come last; `count` blocks come before.
 template <bool LATER> __device__ __forceinline__ void add_pairs(
-    float (&acc)[V / 2], float (&below)[2], const u32 (&own)[4], u32 shared, int tile, int count, int warp, int g, int t, float scale) {
+    float (&acc)[V / 2], float (&below)[2], const u32 (&own)[4],
+    u32 shared, int tile, int count, int warp, int g, int t, float scale) {
     constexpr int NEXT = LATER ? -1 : 1, PARTS = TILE / KEYS;
     const int first = LATER ? (tile + 1) * PARTS + count - 1 : 0;
     u64 keys = descriptor<3>(shared + AT_KEYS + first * KEYS * 32, 0, 256);

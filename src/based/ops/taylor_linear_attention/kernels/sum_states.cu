@@ -98,7 +98,8 @@ __device__ __forceinline__ void store_sums(float* to, const float (&sums)[4], in
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2) sum_states(
     const u16* __restrict__ x, const u16* __restrict__ y, const float* __restrict__ delta, const int* __restrict__ strips,
-    u16* __restrict__ numerator, float* __restrict__ normaliser, float* __restrict__ strip_numerator, float* __restrict__ strip_normaliser,
+    u16* __restrict__ numerator, float* __restrict__ normaliser,
+    float* __restrict__ strip_numerator, float* __restrict__ strip_normaliser,
     i64 x_stride_t, i64 x_stride_h, i64 y_stride_t, i64 y_stride_h, i64 T, i64 H) {
     extern __shared__ __align__(1024) unsigned char memory[];
     const u32 shared = address(memory), factors = shared + STAGES * STAGE;

@@ -52,6 +52,8 @@ __device__ __forceinline__ u32 load4(u32 from) {
     return x;
 }
 
+// A pointer from here on, as if its value were new.
+template <class P> __device__ __forceinline__ void renew(P& pointer) { asm volatile("" : "+l"(pointer)); }
 // A load that stays where it stands, so that what it reads takes no register before.
 __device__ __forceinline__ float load_here(const float* from) {
     float x;

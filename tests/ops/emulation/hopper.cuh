@@ -134,6 +134,7 @@ inline void stores_before_wgmma() {}
 inline void store16(u32 to, uint4_ x) { std::memcpy(at(to), &x, 16); }
 inline void store4(u32 to, u32 x) { std::memcpy(at(to), &x, 4); }
 inline u32 load4(u32 from) { u32 x; std::memcpy(&x, at(from), 4); return x; }
+template <class P> void renew(P&) {}
 inline float load_here(const float* from) { return *from; }
 template <int WIDTH> void prefetch(const u16*) {}
 inline u32 touch(const void* from) { return *(const u32*)from; }

@@ -82,6 +82,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) key_gradients(
                     pack(acc[i + 4], acc[i + 5]), t, row + 8 * r < length);
     }
 
+    // What the second pass addresses is not computed before: it would be kept all through the first.
+    renew(v), renew(k), renew(d_k), renew(delta), renew(normaliser), renew(strip_normaliser);
 #pragma unroll 1
     for (int turn = 0; turn < 2; turn++) {
         const int tile = turn == 0 ? half : 3 - half;

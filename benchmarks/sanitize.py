@@ -88,9 +88,14 @@ def decoding() -> None:
 def taylor_cases(*choices: tuple) -> None:
     """Every combination of feature_dim, head_dim, dtype and packed."""
     launch.PROGRAMS = 2
+    names = "out", "final", "normaliser", "d_q", "d_k", "d_v", "d_initial", "d_normaliser"
     for case in product(*choices):
-        if _unsupported(*case[:3]) is None and any(x.isnan().any() for x in taylor(*case)):
-            raise SystemExit(f"NaN at feature_dim, head_dim, dtype, packed = {case}")
+        if _unsupported(*case[:3]) is not None:
+            continue
+        found = [name for name, x in zip(names, taylor(*case), strict=True) if x.isnan().any()]
+        if found:
+            what = f"feature_dim, head_dim, dtype, packed = {case}"
+            raise SystemExit(f"NaN in {', '.join(found)} at {what}")
 
 
 def main(parts: list[str]) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from based.ops import kernels
+from based.ops import cuda, kernels
 from based.ops.taylor_linear_attention import chunked
 from based.ops.taylor_linear_attention.kernels import hopper, launch
 from tests.ops.emulation import COMPILER, emulate
@@ -98,6 +98,17 @@ def test_lengths_emulated(length, on_this_machine, few_programs) -> None:
     state = initial_state(1, 1, 16, 112)
     torch.use_deterministic_algorithms(True)
     compare(q, k, draw(1, length, 1, 112) + 0.5, torch.bfloat16, state)
+
+
+@emulated
+@pytest.mark.parametrize("head_dim", [24, 144])
+def test_other_head_dims_stay_in_triton(head_dim, on_this_machine, monkeypatch) -> None:
+    on_this_machine(False)
+    monkeypatch.setattr(cuda, "compile_kernel", None)
+    # Triton's interpreter truncates where the hardware rounds to nearest.
+    monkeypatch.setitem(LIMITS, torch.bfloat16, (2e-2, 4e-2, 2e-2))
+    q, k = draw(1, 70, 1, 16), draw(1, 70, 1, 16)
+    compare(q, k, draw(1, 70, 1, head_dim), torch.bfloat16)
 
 
 @emulated

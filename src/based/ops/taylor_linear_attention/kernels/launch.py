@@ -223,7 +223,7 @@ def forward(
     if want_state or numerator is not None or q.shape[1] > LENGTH * out.shape[0]:
         beyond = (numerator, denominator)
         states, final, final_normaliser = run_states(shape, segments, k, v, beyond)
-    if hopper.takes(q, k, v):
+    if hopper.takes(q, v, k):
         hopper.attend(q, k, v, out, inverse, segments.segments, states)
         return out, final, final_normaliser, inverse, states
     constants = shape.constants(shape.tiles.attend)

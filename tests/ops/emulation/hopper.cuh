@@ -28,7 +28,6 @@ typedef long long i64;
 struct __align__(8) uint2_ { u32 x, y; };
 struct __align__(8) float2_ { float x, y; };
 struct __align__(16) uint4_ { u32 x, y, z, w; };
-struct __align__(16) float4_ { float x, y, z, w; };
 
 using std::max;
 

@@ -62,8 +62,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attend(
         u32 own[4];  // q as the left side of a product
         if (any) {
             u32 x[2][8];
-            load_own(x, q, q_stride_t, row, length, t);
-            own[0] = x[0][0], own[1] = x[1][0], own[2] = x[0][4], own[3] = x[1][4];
+            load_own(x, own, q, q_stride_t, row, length, t);
             if (has_state) {
                 read_state<true>(acc, x, shared, t);
                 float mixed[2][4];

@@ -120,20 +120,26 @@ template <bool MASKED, bool LATER> __device__ __forceinline__ void weigh_gradien
             const float added = LATER ? deltas[part][(i >> 2) * 2 + (i & 1)] : delta[i >> 1 & 1];
             x[i] = (d_a[8 * part + i] + added) * (scale + s[8 * part + i] * square);
         }
-        if (MASKED && place == 0) {
-#pragma unroll
-            for (int i = 0; i < 8; i++) {
-                const int beyond = (i >> 2) * 8 + 2 * t + (i & 1) - g - (i & 2) * 4;
-                if (LATER ? beyond < 0 : beyond > 0) x[i] = 0;
-            }
-        }
+        if (MASKED && place == 0) mask<LATER>(x, g, t);
 #pragma unroll
         for (int i = 0; i < 8; i += 2) d_s[part][i >> 1] = pack(x[i], x[i + 1]);
     }
 }
 
-// d_x, as a product of 16 columns has it, and what pairs add: 64 rows, with all columns up to (LATER:
-// from) each row's own. `deltas` begin at the segment's first token.
+// Two rows' four columns of a thread, as a product of 16 columns has them, and into memory.
+__device__ __forceinline__ void as_product(float (&product)[8], const float (&x)[2][4]) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) product[i] = x[i >> 1 & 1][(i >> 2) * 2 + (i & 1)];
+}
+__device__ __forceinline__ void store_product(u16* to, i64 H, const float (&product)[8], int row, int length, int t) {
+#pragma unroll
+    for (int r = 0; r < 2; r++)
+        store_words(to + (i64)(row + 8 * r) * H * 16, pack(product[2 * r], product[2 * r + 1]),
+            pack(product[4 + 2 * r], product[5 + 2 * r]), t, row + 8 * r < length);
+}
+
+// d_x, as a product has it, and what pairs add: 64 rows, with all columns up to (LATER: from) each
+// row's own. `deltas` begin at the segment's first token.
 template <bool LATER> __device__ __forceinline__ void pair_gradient(
     float (&d_x)[8], const u32 (&own)[4], const Left& y, const float (&delta)[2], const float* deltas, int length,
     u32 shared, int tile, int count, int warp, int g, int t, float scale) {

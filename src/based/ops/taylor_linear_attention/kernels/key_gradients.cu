@@ -64,8 +64,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) key_gradients(
         u32 own[4];
         if (any) {
             u32 x[2][8];
-            load_own(x, k, k_stride_t, row, length, t);
-            own[0] = x[0][0], own[1] = x[1][0], own[2] = x[0][4], own[3] = x[1][4];
+            load_own(x, own, k, k_stride_t, row, length, t);
             if (has_state) read_state<false>(acc, x, shared, t);
         }
         if (turn == 0) {
@@ -107,8 +106,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) key_gradients(
             }
         {
             u32 x[2][8];
-            load_own(x, k, k_stride_t, row, length, t);
-            own[0] = x[0][0], own[1] = x[1][0], own[2] = x[0][4], own[3] = x[1][4];
+            load_own(x, own, k, k_stride_t, row, length, t);
             if (has_state) {
                 state_gradient<false>(d_x, x, own, y, shared, t);
                 float mixed[2][4];
@@ -122,16 +120,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) key_gradients(
         }
         const float none[2] = {0, 0};
         float pairs[8];
-#pragma unroll
-        for (int i = 0; i < 8; i++) pairs[i] = d_x[i >> 1 & 1][(i >> 2) * 2 + (i & 1)];
+        as_product(pairs, d_x);
         pair_gradient<true>(pairs, own, y, none, delta, length, shared, tile, later_blocks(length, tile), warp, g, t, scale);
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-            u32 words[2];
-#pragma unroll
-            for (int side = 0; side < 2; side++)
-                words[side] = pack(pairs[4 * side + 2 * r], pairs[4 * side + 2 * r + 1]);
-            store_words(d_k + (i64)(row + 8 * r) * H * 16, words[0], words[1], t, row + 8 * r < length);
-        }
+        store_product(d_k, H, pairs, row, length, t);
     }
 }

@@ -98,8 +98,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) query_gradients(
         u32 own[4];
         {
             u32 x[2][8];
-            load_own(x, q, q_stride_t, row, length, t);
-            own[0] = x[0][0], own[1] = x[1][0], own[2] = x[0][4], own[3] = x[1][4];
+            load_own(x, own, q, q_stride_t, row, length, t);
             if (has_state) {
                 state_gradient<true>(d_x, x, own, y, shared, t);
                 float mixed[2][4];
@@ -114,16 +113,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) query_gradients(
             }
         }
         float pairs[8];
-#pragma unroll
-        for (int i = 0; i < 8; i++) pairs[i] = d_x[i >> 1 & 1][(i >> 2) * 2 + (i & 1)];
+        as_product(pairs, d_x);
         pair_gradient<false>(pairs, own, y, delta, nullptr, length, shared, tile, tile * (TILE / KEYS), warp, g, t, scale);
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-            u32 words[2];
-#pragma unroll
-            for (int side = 0; side < 2; side++)
-                words[side] = pack(pairs[4 * side + 2 * r], pairs[4 * side + 2 * r + 1]);
-            store_words(d_q + (i64)(row + 8 * r) * H * 16, words[0], words[1], t, row + 8 * r < length);
-        }
+        store_product(d_q, H, pairs, row, length, t);
     }
 }

@@ -25,7 +25,7 @@ struct Segment {
     int head, length;
     bool inside, has_state;
 };
-// `column` of the table says whether the strip has anything before (4) or after (5) the segment.
+// The table says whether the strip has anything before (4) or, which counts for gradients, after (5) it.
 __device__ __forceinline__ Segment segment_of(const int* segments, i64 H, bool later) {
     const int heads = (int)H, head = blockIdx.x % heads;
     const i64 number = blockIdx.x / heads;
@@ -40,12 +40,6 @@ __device__ __forceinline__ Segment segment_of(const int* segments, i64 H, bool l
 // Where chunk c (8 columns) of a row stands: panels of 64 columns, swizzled by 128 bytes.
 __device__ __forceinline__ u32 place(int row, int c, int panel) {
     return (c >> 3) * panel + row * 128 + (((c & 7) ^ (row & 7)) << 4);
-}
-
-// Rows of a state in shared memory: diagonals 0 to 7, half of the eighth, the constant, 7
-// rows of zeros, the linear terms.
-__device__ __forceinline__ int state_row(int f) {
-    return f == 0 ? 136 : f <= 16 ? 143 + f : f - 17;
 }
 
 // An entry of a normaliser: what the strip gathered before the segment, and what came before it.
@@ -63,7 +57,8 @@ __device__ __forceinline__ float linear_of(const float* in_strip, const float* b
     return (inside ? load_here(in_strip + column) : 0) + (STRIPS ? load_here(before + column) : 0);
 }
 
-// The numerator into its panels; sums of strips, in bfloat16 too, pass through registers.
+// The numerator into its panels; sums of strips, in bfloat16 too, pass through registers. Rows are
+// diagonals 0 to 7, half of the eighth, the constant, 7 rows of zeros, the linear terms.
 __device__ __forceinline__ void load_state(
     u32 shared, const u16* in_strip, const u16* before, bool inside, int thread) {
     const int row = thread / LANES, c = thread % LANES;
@@ -72,7 +67,7 @@ __device__ __forceinline__ void load_state(
 #pragma unroll
     for (int n = 0; n * STEP < ROWS; n++) {
         const int r = row + n * STEP;
-        // Diagonals stand as in memory; then the constant, zeros, the linear terms.
+        // Diagonals stand as in memory.
         const bool plain = (n + 1) * STEP <= 136;
         const int f = plain || r < 136 ? r + 17 : r == 136 ? 0 : r - 143;
         const bool real = plain || r <= 136 || r >= 144;
@@ -141,8 +136,10 @@ __device__ __forceinline__ void times_terms(float (&second)[2][4], const u32 (&o
     }
 }
 
-// Rows g and g + 8 of x, each from column 2 t on: read whole, then rotated by t words.
-__device__ __forceinline__ void load_own(u32 (&x)[2][8], const u16* from, i64 stride, int row, int length, int t) {
+// Rows g and g + 8 of x, each from column 2 t on: read whole, then rotated by t words. `own` is them as
+// the left side of a product.
+__device__ __forceinline__ void load_own(
+    u32 (&x)[2][8], u32 (&own)[4], const u16* from, i64 stride, int row, int length, int t) {
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         uint4_ words[2] = {{0, 0, 0, 0}, {0, 0, 0, 0}};
@@ -157,6 +154,8 @@ __device__ __forceinline__ void load_own(u32 (&x)[2][8], const u16* from, i64 st
 #pragma unroll
         for (int m = 0; m < 8; m++) x[r][m] = t & 2 ? by_one[(m + 2) & 7] : by_one[m];
     }
+#pragma unroll
+    for (int i = 0; i < 4; i++) own[i] = x[i & 1][2 * (i & 2)];
 }
 // Columns (c + r, c + r + 1) of a row that begins at column c; no column beyond the 16th.
 __device__ __forceinline__ u32 shifted(const u32 (&x)[8], int r) {
@@ -220,6 +219,15 @@ template <bool QUERIES> __device__ __forceinline__ void read_state(
     settle(acc);
 }
 
+// Zeros where, in 16 columns on the diagonal, a column comes after (LATER: before) its row.
+template <bool LATER> __device__ __forceinline__ void mask(float (&x)[8], int g, int t) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        const int beyond = (i >> 2) * 8 + 2 * t + (i & 1) - g - (i & 2) * 4;
+        if (LATER ? beyond < 0 : beyond > 0) x[i] = 0;
+    }
+}
+
 // Exact weights 1 + s + s^2 / 2 of a block of pairs, as the left side of a product; below with
 // their sums. MASKED: 16 columns from part `place` on are on the wrong side of the warp's rows
 // (LATER: before them), those at 0 partly so.
@@ -239,13 +247,7 @@ template <bool MASKED, bool LATER> __device__ __forceinline__ void weigh(
             const float x = s[8 * part + i];
             a[i] = 1 + x * (scale + x * square);
         }
-        if (MASKED && place == 0) {
-#pragma unroll
-            for (int i = 0; i < 8; i++) {
-                const int beyond = (i >> 2) * 8 + 2 * t + (i & 1) - g - (i & 2) * 4;
-                if (LATER ? beyond < 0 : beyond > 0) a[i] = 0;
-            }
-        }
+        if (MASKED && place == 0) mask<LATER>(a, g, t);
 #pragma unroll
         for (int i = 0; i < 8; i += 2) {
             if (!LATER) below[i >> 1 & 1] += a[i] + a[i + 1];

@@ -4,8 +4,8 @@ compute-sanitizer --tool memcheck --error-exitcode 1 python -m benchmarks.saniti
 
 and likewise with `racecheck`, `initcheck` and `synccheck`. Words choose parts: `hopper`
 (Taylor linear attention in CUDA C++), `taylor` (in Triton), `mixers`, `decoding`. Every
-tensor is an allocation of its own, so that a step past its end is seen. Tests compare numbers; here
-only NaNs end the run.
+tensor is an allocation of its own, so that a step past its end is seen. Tests compare
+numbers; here only NaNs end the run.
 """
 
 from __future__ import annotations
@@ -100,8 +100,7 @@ def taylor_cases(*choices: tuple) -> None:
 
 def main(parts: list[str]) -> None:
     torch.manual_seed(0)
-    kernels.HOPPER = "hopper" in parts
-    if kernels.HOPPER:
+    if "hopper" in parts:
         taylor_cases((16,), (16, 64, 112), (torch.bfloat16,), (False, True))
     kernels.HOPPER = False
     if "taylor" in parts:

@@ -13,7 +13,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attend(
     // Known to be uniform, so that wgmma may be in flight.
     const int half = __shfl_sync(~0u, thread >> 7, 0), warp = __shfl_sync(~0u, thread >> 5 & 3, 0);
     const int g = lane >> 2, t = lane & 3;
-    const auto [begin, slot, strip_slot, head, length, inside, has_state] = segment_of(segments, H, false);
+    const Segment at = segment_of(segments, H, false);
+    const i64 begin = at.begin;
+    const int head = at.head, length = at.length;
     if (length <= 0) return;
 
     q += begin * q_stride_t + head * q_stride_h;
@@ -21,33 +23,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attend(
     v += begin * v_stride_t + head * v_stride_h;
     out += (begin * H + head) * V;
     inverse += head * T + begin;
-    numerator += slot * F * V;
-    normaliser += slot * F;
-    strip_numerator += strip_slot * F * V;
-    strip_normaliser += strip_slot * F;
+    const State state = state_of(at, numerator, normaliser, strip_numerator, strip_normaliser);
 
     // Rows of q into the first cache: 32 bytes each, read when keys and values queue for memory.
     const u32 touched = thread < length ? touch(q + thread * q_stride_t) : 0;
     // The state next, where it is only copied; keys and values come while it is used.
     float constant = 0, vector[4] = {0, 0, 0, 0};
     float2_ terms = {0, 0};
-    if (has_state) {
-        if (!STRIPS) load_state(shared, numerator, strip_numerator, inside, thread);
-        terms = read_terms<true>(normaliser, strip_normaliser, inside, thread);
-        constant = sum_of(normaliser, strip_normaliser, inside, 0);
+    if (state.exists) {
+        if (!STRIPS) load_state(shared, state, thread);
+        terms = read_terms<true>(state, thread);
+        constant = sum_of(state, 0);
 #pragma unroll
         for (int i = 0; i < 4; i++)
-            vector[i] = scale * sum_of(normaliser, strip_normaliser, inside, 1 + 2 * t + (i & 1) + (i >> 1) * 8);
+            vector[i] = scale * sum_of(state, 1 + 2 * t + (i & 1) + (i >> 1) * 8);
     }
-    commit_copies();
-    load_rows(shared, k, k_stride_t, v, v_stride_t, length, thread);
-    commit_copies();
-    keep(shared + AT_MIXER + thread * 4, touched);
-    if (has_state) write_terms(shared + AT_MIXER, terms, thread);
-    if (STRIPS) {
-        load_state(shared, numerator, strip_numerator, inside, thread);
-        stores_before_wgmma();
-    }
+    load_rest(shared, state, touched, terms, k, k_stride_t, v, v_stride_t, length, thread);
     await_copies<1>();
     __syncthreads();
 
@@ -63,7 +54,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attend(
         if (any) {
             u32 x[2][8];
             load_own(x, own, q, q_stride_t, row, length, t);
-            if (has_state) {
+            if (state.exists) {
                 read_state<true>(acc, x, shared, t);
                 float mixed[2][4];
                 times_terms(mixed, own, shared, lane);

@@ -19,7 +19,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) key_gradients(
     const int thread = threadIdx.x, lane = thread & 31;
     const int half = __shfl_sync(~0u, thread >> 7, 0), warp = __shfl_sync(~0u, thread >> 5 & 3, 0);
     const int g = lane >> 2, t = lane & 3;
-    const auto [begin, slot, strip_slot, head, length, inside, has_state] = segment_of(segments, H, true);
+    const Segment at = segment_of(segments, H, true);
+    const i64 begin = at.begin;
+    const int head = at.head, length = at.length;
     if (length <= 0) return;
 
     q += begin * q_stride_t + head * q_stride_h;
@@ -29,27 +31,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) key_gradients(
     d_v += (begin * H + head) * V;
     d_k += (begin * H + head) * 16;
     delta += head * T + begin;
-    numerator += slot * F * V;
-    normaliser += slot * F;
-    strip_numerator += strip_slot * F * V;
-    strip_normaliser += strip_slot * F;
+    State state = state_of(at, numerator, normaliser, strip_numerator, strip_normaliser);
 
     const u32 touched = thread < length ? touch(k + thread * k_stride_t) : 0;
     if (thread < length) prefetch<V>(v + thread * v_stride_t);
     float2_ terms = {0, 0};
-    if (has_state) {
-        if (!STRIPS) load_state(shared, numerator, strip_numerator, inside, thread);
-        terms = read_terms<false>(normaliser, strip_normaliser, inside, thread);
+    if (state.exists) {
+        if (!STRIPS) load_state(shared, state, thread);
+        terms = read_terms<false>(state, thread);
     }
-    commit_copies();
-    load_rows(shared, q, q_stride_t, g_in, H * V, length, thread);
-    commit_copies();
-    keep(shared + AT_MIXER + thread * 4, touched);
-    if (has_state) write_terms(shared + AT_MIXER, terms, thread);
-    if (STRIPS) {
-        load_state(shared, numerator, strip_numerator, inside, thread);
-        stores_before_wgmma();
-    }
+    load_rest(shared, state, touched, terms, q, q_stride_t, g_in, H * V, length, thread);
     await_copies<1>();
     __syncthreads();
 
@@ -65,7 +56,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) key_gradients(
         if (any) {
             u32 x[2][8];
             load_own(x, own, k, k_stride_t, row, length, t);
-            if (has_state) read_state<false>(acc, x, shared, t);
+            if (state.exists) read_state<false>(acc, x, shared, t);
         }
         if (turn == 0) {
             await_copies<0>();
@@ -82,7 +73,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) key_gradients(
     }
 
     // What the second pass addresses is not computed before: it would be kept all through the first.
-    renew(v), renew(k), renew(d_k), renew(delta), renew(normaliser), renew(strip_normaliser);
+    renew(v), renew(k), renew(d_k), renew(delta), renew(state.normaliser), renew(state.before_normaliser);
 #pragma unroll 1
     for (int turn = 0; turn < 2; turn++) {
         const int tile = turn == 0 ? half : 3 - half;
@@ -107,7 +98,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) key_gradients(
         {
             u32 x[2][8];
             load_own(x, own, k, k_stride_t, row, length, t);
-            if (has_state) {
+            if (state.exists) {
                 state_gradient<false>(d_x, x, own, y, shared, t);
                 float mixed[2][4];
                 times_terms(mixed, own, shared, lane);
@@ -115,7 +106,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) key_gradients(
                 for (int r = 0; r < 2; r++)
 #pragma unroll
                     for (int i = 0; i < 4; i++)
-                        d_x[r][i] += mixed[r][i] + linear_of(normaliser, strip_normaliser, inside, t, i);
+                        d_x[r][i] += mixed[r][i] + linear_of(state, t, i);
             }
         }
         const float none[2] = {0, 0};

@@ -13,7 +13,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) query_gradients(
     const int thread = threadIdx.x, lane = thread & 31;
     const int half = __shfl_sync(~0u, thread >> 7, 0), warp = __shfl_sync(~0u, thread >> 5 & 3, 0);
     const int g = lane >> 2, t = lane & 3;
-    const auto [begin, slot, strip_slot, head, length, inside, has_state] = segment_of(segments, H, false);
+    const Segment at = segment_of(segments, H, false);
+    const i64 begin = at.begin;
+    const int head = at.head, length = at.length;
     if (length <= 0) return;
 
     q += begin * q_stride_t + head * q_stride_h;
@@ -25,28 +27,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) query_gradients(
     d_q += (begin * H + head) * 16;
     inverse += head * T + begin;
     delta_out += head * T + begin;
-    numerator += slot * F * V;
-    normaliser += slot * F;
-    strip_numerator += strip_slot * F * V;
-    strip_normaliser += strip_slot * F;
+    const State state = state_of(at, numerator, normaliser, strip_numerator, strip_normaliser);
 
     const u32 touched = thread < length ? touch(q + thread * q_stride_t) : 0;
     // The second turn's rows, which come from memory otherwise when they are needed.
     const int second = 128 + (thread & 127);
     if (second < length) prefetch<V>(thread < 128 ? d_out + second * d_stride_t : out + second * H * V);
     float2_ terms = {0, 0};
-    if (has_state) {
-        if (!STRIPS) load_state(shared, numerator, strip_numerator, inside, thread);
-        terms = read_terms<true>(normaliser, strip_normaliser, inside, thread);
+    if (state.exists) {
+        if (!STRIPS) load_state(shared, state, thread);
+        terms = read_terms<true>(state, thread);
     }
-    load_rows(shared, k, k_stride_t, v, v_stride_t, length, thread);
-    commit_copies();
-    keep(shared + AT_MIXER + thread * 4, touched);
-    if (has_state) write_terms(shared + AT_MIXER, terms, thread);
-    if (STRIPS) {
-        load_state(shared, numerator, strip_numerator, inside, thread);
-        stores_before_wgmma();
-    }
+    load_rest(shared, state, touched, terms, k, k_stride_t, v, v_stride_t, length, thread);
 
 #pragma unroll 1
     for (int turn = 0; turn < 2; turn++) {
@@ -99,7 +91,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) query_gradients(
         {
             u32 x[2][8];
             load_own(x, own, q, q_stride_t, row, length, t);
-            if (has_state) {
+            if (state.exists) {
                 state_gradient<true>(d_x, x, own, y, shared, t);
                 float mixed[2][4];
                 times_terms(mixed, own, shared, lane);
@@ -107,7 +99,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) query_gradients(
                 for (int r = 0; r < 2; r++)
 #pragma unroll
                     for (int i = 0; i < 4; i++) {
-                        const float linear = linear_of(normaliser, strip_normaliser, inside, t, i);
+                        const float linear = linear_of(state, t, i);
                         d_x[r][i] = d_x[r][i] * (1.0f / 16) + delta[r] * (mixed[r][i] + scale * linear);
                     }
             }

@@ -37,14 +37,28 @@ __device__ __forceinline__ Segment segment_of(const int* segments, i64 H, bool l
     return {entry[1], number * H + head, entry[3] * H + head, head, entry[2] - entry[1], inside, has_state};
 }
 
+// A segment's state: what its strip gathered before it, if it is inside, and what came before that.
+struct State {
+    const u16* numerator;
+    const float* normaliser;
+    const u16* before;
+    const float* before_normaliser;
+    bool inside, exists;
+};
+__device__ __forceinline__ State state_of(
+    const Segment& at, const u16* numerator, const float* normaliser, const u16* before, const float* before_normaliser) {
+    return {numerator + at.slot * F * V, normaliser + at.slot * F,
+        before + at.strip_slot * F * V, before_normaliser + at.strip_slot * F, at.inside, at.has_state};
+}
+
 // Where chunk c (8 columns) of a row stands: panels of 64 columns, swizzled by 128 bytes.
 __device__ __forceinline__ u32 place(int row, int c, int panel) {
     return (c >> 3) * panel + row * 128 + (((c & 7) ^ (row & 7)) << 4);
 }
 
-// An entry of a normaliser: what the strip gathered before the segment, and what came before it.
-__device__ __forceinline__ float sum_of(const float* in_strip, const float* before, bool inside, int i) {
-    return (inside ? in_strip[i] : 0) + (STRIPS ? before[i] : 0);
+// An entry of the normaliser.
+__device__ __forceinline__ float sum_of(const State& state, int i) {
+    return (state.inside ? state.normaliser[i] : 0) + (STRIPS ? state.before_normaliser[i] : 0);
 }
 
 // Copies go by LANES threads a row, STEP rows at a time: a multiple of 8, so that a thread's place
@@ -52,15 +66,14 @@ __device__ __forceinline__ float sum_of(const float* in_strip, const float* befo
 constexpr int LANES = V <= 16 ? 2 : V <= 32 ? 4 : V <= 64 ? 8 : 16, STEP = THREADS / LANES;
 
 // The linear term of a normaliser for the thread's column i (of 4), read when it is needed.
-__device__ __forceinline__ float linear_of(const float* in_strip, const float* before, bool inside, int t, int i) {
+__device__ __forceinline__ float linear_of(const State& state, int t, int i) {
     const int column = 1 + 2 * t + (i & 1) + (i >> 1) * 8;
-    return (inside ? load_here(in_strip + column) : 0) + (STRIPS ? load_here(before + column) : 0);
+    return (state.inside ? load_here(state.normaliser + column) : 0) + (STRIPS ? load_here(state.before_normaliser + column) : 0);
 }
 
 // The numerator into its panels; sums of strips, in bfloat16 too, pass through registers. Rows are
 // diagonals 0 to 7, half of the eighth, the constant, 7 rows of zeros, the linear terms.
-__device__ __forceinline__ void load_state(
-    u32 shared, const u16* in_strip, const u16* before, bool inside, int thread) {
+__device__ __forceinline__ void load_state(u32 shared, const State& state, int thread) {
     const int row = thread / LANES, c = thread % LANES;
     const u32 to = shared + place(row, c, STATE_PANEL);
     if (c >= V / 8) return;
@@ -74,12 +87,12 @@ __device__ __forceinline__ void load_state(
         if ((n + 1) * STEP > ROWS && r >= ROWS) continue;
         const i64 at = real ? f * V + c * 8 : 0;
         if (!STRIPS) {
-            copy16(to + n * STEP * 128, in_strip + at, real);
+            copy16(to + n * STEP * 128, state.numerator + at, real);
             continue;
         }
         uint4_ a = {0, 0, 0, 0}, b = {0, 0, 0, 0};
-        if (real && inside) a = *(const uint4_*)(in_strip + at);
-        if (real) b = *(const uint4_*)(before + at);
+        if (real && state.inside) a = *(const uint4_*)(state.numerator + at);
+        if (real) b = *(const uint4_*)(state.before + at);
         store16(to + n * STEP * 128, uint4_{added(a.x, b.x), added(a.y, b.y), added(a.z, b.z), added(a.w, b.w)});
     }
 }
@@ -106,15 +119,14 @@ __device__ __forceinline__ void load_rows(
 // a lane's columns g, 4 to 7 for g + 8; of four, two are rounded and two are what that lost. A
 // thread reads two terms and writes one register. x times them is the derivative by x, so that
 // half of x (terms) x is the sum itself.
-template <bool QUERIES> __device__ __forceinline__ float2_ read_terms(
-    const float* in_strip, const float* before, bool inside, int thread) {
+template <bool QUERIES> __device__ __forceinline__ float2_ read_terms(const State& state, int thread) {
     const int lane = thread & 31, place = thread >> 5;
     float z[2];
 #pragma unroll
     for (int n = 0; n < 2; n++) {
         const int i = 2 * (lane & 3) + n + 8 * (place & 1), j = (lane >> 2) + (place >> 2) * 8, shift = (j - i) & 15;
         const bool above = shift < 8 || (shift == 8 && i < 8);
-        z[n] = sum_of(in_strip, before, inside, 17 + (above ? shift * 16 + i : (16 - shift) * 16 + j));
+        z[n] = sum_of(state, 17 + (above ? shift * 16 + i : (16 - shift) * 16 + j));
         z[n] *= QUERIES ? 1.0f / 16 : i == j ? 2.0f : 1.0f;
     }
     return float2_{z[0], z[1]};
@@ -123,6 +135,23 @@ __device__ __forceinline__ void write_terms(u32 to, float2_ z, int thread) {
     const u32 coarse = pack(z.x, z.y);
     store4(to + thread * 4, thread & 64 ? pack(z.x - low(coarse), z.y - high(coarse)) : coarse);
 }
+
+// After a state's copies: rows of x and y, then what passes through registers, which waits. `touched` is
+// kept where the terms come, for its load's sake.
+__device__ __forceinline__ void load_rest(
+    u32 shared, const State& state, u32 touched, float2_ terms,
+    const u16* x, i64 x_stride, const u16* y, i64 y_stride, int length, int thread) {
+    commit_copies();
+    load_rows(shared, x, x_stride, y, y_stride, length, thread);
+    commit_copies();
+    keep(shared + AT_MIXER + thread * 4, touched);
+    if (state.exists) write_terms(shared + AT_MIXER, terms, thread);
+    if (STRIPS) {
+        load_state(shared, state, thread);
+        stores_before_wgmma();
+    }
+}
+
 // x times the terms: of rows g and g + 8, the thread's four columns.
 __device__ __forceinline__ void times_terms(float (&second)[2][4], const u32 (&own)[4], u32 shared, int lane) {
 #pragma unroll

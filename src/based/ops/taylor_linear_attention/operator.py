@@ -143,7 +143,9 @@ def _forward_fake(
     dtype = launch.Shape.of(q, v).dtype
     inverse = q.new_empty(H, B * T, dtype=torch.float32)
     if not (want_state or numerator is not None or T > launch.LENGTH):
-        return out, none, none.clone(), inverse, none.to(dtype), *(none.clone() for _ in range(3))
+        # No output is another's alias.
+        empty = none.to(dtype, copy=True), *(none.clone() for _ in range(3))
+        return out, none, none.clone(), inverse, *empty
     M, S, _ = launch.counts(q, cu_seqlens)
     states = q.new_empty(M, H, F, V, dtype=dtype), q.new_empty(M, H, F, dtype=torch.float32)
     strips = none, none.clone()

@@ -28,6 +28,8 @@ class Segments(NamedTuple):
     strip_edges: Int[Tensor, " E"]
     carried: bool
     """Whether running sums pass from strip to strip."""
+    padded: bool
+    """Whether there may be unused rows."""
 
 
 def divide(
@@ -43,7 +45,7 @@ def divide(
     segments = torch.stack([sequence, first, end, strip, place, last.long()], dim=1)
     first_segment = segment_edges[strips[0]] + strips[1] * per_strip
     strips = torch.stack([strips[0], strips[2], strips[3], first_segment], dim=1)
-    return Segments(segments.int(), strips.int(), strip_edges.int(), carried=True)
+    return Segments(segments.int(), strips.int(), strip_edges.int(), carried=True, padded=True)
 
 
 def _cut(cu_seqlens: Tensor, count: int, length: int) -> tuple[Tensor, ...]:
@@ -74,4 +76,5 @@ def divide_evenly(
         strips=made.strips.to(device),
         strip_edges=made.strip_edges.to(device),
         carried=strips > rows,
+        padded=False,
     )

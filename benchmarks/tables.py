@@ -18,7 +18,8 @@ from benchmarks.rows import newest, read_rows
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-PAGES = (README, *(ROOT / "docs" / f"{name}.md" for name in ("training", "generation", "recall")))
+DOCS = "training", "generation", "recall", "kernels"
+PAGES = (README, *(ROOT / "docs" / f"{name}.md" for name in DOCS))
 # Batches in the README's table of decoding; the file has more.
 SHOWN_BATCHES = (1, 64, 128, 1024, 4096)
 
@@ -74,6 +75,13 @@ def kernels() -> str:
     return side_by_side("taylor_linear_attention", sizes, names)
 
 
+def hopper() -> str:
+    """Ours in both languages."""
+    sizes = {name: name for name in ("batch", "tokens", "head_dim", "direction")}
+    names = "based in Triton", "based"
+    return side_by_side("taylor_linear_attention", sizes, names, digits=3)
+
+
 def windows() -> str:
     names = ("based", "FlexAttention", "windowed FlashAttention-2")
     sizes = {name: name for name in ("head_dim", "window", "direction")}
@@ -85,7 +93,7 @@ def convolutions() -> str:
     return side_by_side("gated_short_convolution", sizes, ("based", "torch.compile", "eager"))
 
 
-def side_by_side(op: str, sizes: dict[str, str], names: tuple[str, ...]) -> str:
+def side_by_side(op: str, sizes: dict[str, str], names: tuple[str, ...], digits: int = 2) -> str:
     """Milliseconds by `sizes`, headings and fields, of the rows' newest commit alone."""
     rows = [row for row in read_rows("kernels") if row["op"] == op]
     rows = [row for row in rows if row["commit"] == rows[-1]["commit"]]
@@ -96,7 +104,7 @@ def side_by_side(op: str, sizes: dict[str, str], names: tuple[str, ...]) -> str:
     body = [
         [
             *(f"{size:,}" if isinstance(size, int) else size for size in key),
-            *(f"{found[name]:.2f}" if name in found else "-" for name in (*names, "floor")),
+            *(f"{found[x]:.{digits}f}" if x in found else "-" for x in (*names, "floor")),
         ]
         for key, found in times.items()
     ]
@@ -253,6 +261,29 @@ def scaling() -> str:
     return measured(headings, body, rows)
 
 
+def recall_speed() -> str:
+    """Seconds a configuration, ours beside the official trainer's."""
+    found: dict[str, dict[str, dict]] = {}
+    for row in read_rows("recall"):
+        found.setdefault(row["point"], {})[row["what"]] = row
+    both = [pair for pair in found.values() if len(pair) == 2]
+    body = []
+    for pair in both:
+        ours, theirs = pair["ours"], pair["zoology"]
+        whole = [row["seconds_a_configuration"] for row in (ours, theirs)]
+        body.append(
+            [
+                ours["point"].rsplit("-", 1)[0],
+                f"{ours['epoch_seconds'] / ours['lanes']:.2f}",
+                f"{theirs['epoch_seconds']:.2f}",
+                *(f"{seconds:.0f}" for seconds in whole),
+                f"{whole[1] / whole[0]:.1f}",
+            ]
+        )
+    headings = ["point", "an epoch, ours, s", "Zoology's", "32 epochs, ours", "Zoology's", "times"]
+    return measured(headings, body, [row for pair in both for row in pair.values()])
+
+
 def recall(lines: list[list[str]], *sweeps: str) -> str:
     """A table of the recall lab's, and where its sweeps' calls ran."""
     calls = [row for row in read_rows("sweeps") if row["sweep"] in sweeps]
@@ -274,6 +305,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "decoding": decoding,
     "taylor_cpu": taylor_cpu,
     "kernels": kernels,
+    "hopper": hopper,
     "windows": windows,
     "convolutions": convolutions,
     "prefill": prefill,
@@ -284,6 +316,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "training": training,
     "training_profile": training_profile,
     "scaling": scaling,
+    "recall_speed": recall_speed,
     "recall_arithmetic": lambda: recall(recall_tables.arithmetic(), "exact", "core"),
     "recall_combination": lambda: recall(recall_tables.combination(), "combination"),
     "recall_feature_maps": lambda: recall(recall_tables.feature_maps(), "feature-maps"),

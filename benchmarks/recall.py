@@ -1,9 +1,10 @@
 """Seconds a configuration of the recall lab, beside the official trainer's on this machine.
 
-    python -m benchmarks.recall [--zoology PATH] [--epochs 3] [--products tf32] [--fuse]
+    python -m benchmarks.recall [--zoology PATH] [--epochs 3] [--products tf32] [--fuse] [--jobs 2]
 
 Ours trains the four learning rates of a point stacked; a configuration is a quarter
-of that. Zoology's trainer takes one. Both read the same examples; the first epoch is
+of that, and with `--jobs` points side by side, as a sweep runs them, a part of it. Zoology's
+trainer takes one. Both read the same examples; the first epoch is
 set-up (compiling, recording, caches) and counted apart. PATH is a checkout of
 HazyResearch/zoology; its `return_embeddings` default, which makes its training take
 hidden states for logits, is patched in this process. Each row is written as soon as it
@@ -14,11 +15,14 @@ from __future__ import annotations
 
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import pairwise, product
+from itertools import product
+from multiprocessing import get_context
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import tyro
@@ -54,12 +58,58 @@ class Options:
     """Points whose name contains this text."""
     fuse: bool = False
     """Compile our steps."""
+    jobs: int = 1
+    """Of ours side by side, each in a process: start `nvidia-cuda-mps-control -d` first."""
     fraction: float = 1.0
     """Of the published number of examples: for trying this script."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
 
 
+class Times(NamedTuple):
+    """Of one point of ours: seconds, and the best rate's accuracy after these epochs."""
+
+    data: float
+    setup: float
+    epoch: float
+    accuracy: float
+
+
 def time_ours(point: Point, recipe: Recipe, options: Options) -> dict[str, Any]:
+    if options.jobs == 1:
+        found = [_time_point(point, recipe, options)]
+    else:
+        context = get_context("spawn")
+        barrier = context.Barrier(options.jobs)
+        pool = ProcessPoolExecutor(options.jobs, context, _meet_at, (barrier,))
+        with pool:
+            waiting = [
+                pool.submit(_time_point, point, recipe, options) for _ in range(options.jobs)
+            ]
+            found = [one.result() for one in waiting]
+    # The slowest of those side by side.
+    data, setup, epoch = (max(times) for times in zip(*(x[:3] for x in found), strict=True))
+    return _row(
+        "ours",
+        point,
+        options,
+        lanes=len(recipe.learning_rates) * options.jobs,
+        data=data,
+        setup=setup,
+        epoch=epoch,
+        accuracy=found[0].accuracy,
+    )
+
+
+# Where processes side by side wait for each other: epochs are timed while all of them train.
+_barrier: Barrier | None = None
+
+
+def _meet_at(barrier: Barrier) -> None:
+    global _barrier
+    _barrier = barrier
+
+
+def _time_point(point: Point, recipe: Recipe, options: Options) -> Times:
     began = time.perf_counter()
     # Never early: all four learning rates are timed throughout.
     lasting = replace(recipe, epochs=options.epochs, stop_above=2.0)
@@ -68,17 +118,21 @@ def time_ours(point: Point, recipe: Recipe, options: Options) -> dict[str, Any]:
     trainer = PointTrainer(point, lasting, torch.device(options.device))
     if options.fuse:
         trainer.compile()
-    times = [time.perf_counter()]
-    rows = trainer.train(on_epoch=lambda *_: times.append(time.perf_counter())) or []
-    epochs = [after - before for before, after in pairwise(times)]
-    return _row(
-        "ours",
-        point,
-        options,
-        lanes=len(recipe.learning_rates),
+    ends: list[float] = []
+    starts: list[float] = []
+
+    def on_epoch(epoch: int, accuracies: dict[float, float]) -> None:
+        ends.append(time.perf_counter())
+        if _barrier is not None and len(ends) == 1:
+            _barrier.wait()
+        starts.append(time.perf_counter())
+
+    rows = trainer.train(on_epoch=on_epoch) or []
+    epochs = [end - start for start, end in zip(starts, ends[1:], strict=False)]
+    return Times(
         data=made - began,
-        setup=times[0] - made + epochs[0],
-        epoch=sum(epochs[1:]) / len(epochs[1:]),
+        setup=ends[0] - made,
+        epoch=sum(epochs) / len(epochs),
         accuracy=max(row["accuracy"] for row in rows),
     )
 
@@ -135,6 +189,7 @@ def _key(what: str, point: Point, options: Options) -> dict[str, Any]:
         "point": point.key,
         "products": options.products if what == "ours" else "float32",
         "fused": options.fuse and what == "ours",
+        "jobs": options.jobs if what == "ours" else 1,
         "fraction": options.fraction,
     }
 

@@ -263,25 +263,25 @@ def scaling() -> str:
 
 def recall_speed() -> str:
     """Seconds a configuration, ours beside the official trainer's."""
-    found: dict[str, dict[str, dict]] = {}
-    for row in read_rows("recall"):
-        found.setdefault(row["point"], {})[row["what"]] = row
-    both = [pair for pair in found.values() if len(pair) == 2]
+    rows = read_rows("recall")
+    theirs = {row["point"]: row for row in rows if row["what"] == "zoology"}
+    ours = [row for row in rows if row["what"] == "ours" and row["point"] in theirs]
     body = []
-    for pair in both:
-        ours, theirs = pair["ours"], pair["zoology"]
-        whole = [row["seconds_a_configuration"] for row in (ours, theirs)]
+    for row in ours:
+        their = theirs[row["point"]]
+        whole = [found["seconds_a_configuration"] for found in (row, their)]
         body.append(
             [
-                ours["point"].rsplit("-", 1)[0],
-                f"{ours['epoch_seconds'] / ours['lanes']:.2f}",
-                f"{theirs['epoch_seconds']:.2f}",
+                row["point"].rsplit("-", 1)[0],
+                str(row["jobs"]),
+                f"{row['epoch_seconds'] / row['lanes']:.2f}",
+                f"{their['epoch_seconds']:.2f}",
                 *(f"{seconds:.0f}" for seconds in whole),
                 f"{whole[1] / whole[0]:.1f}",
             ]
         )
-    headings = ["point", "an epoch, ours, s", "Zoology's", "32 epochs, ours", "Zoology's", "times"]
-    return measured(headings, body, [row for pair in both for row in pair.values()])
+    headings = ["point", "side by side", "an epoch, ours, s", "Zoology's", "32 epochs, ours"]
+    return measured([*headings, "Zoology's", "times"], body, [*ours, *theirs.values()])
 
 
 def recall(lines: list[list[str]], *sweeps: str) -> str:

@@ -229,6 +229,10 @@ def _train(
     jobs = options.jobs or default_jobs(devices)
     minutes, began, aside = options.minutes, time.monotonic(), 0
     deadline = float("inf") if minutes is None else time.time() + 60 * minutes
+    where = f"on the Ray cluster {options.ray}"
+    if options.ray is None:
+        where = f"{jobs} at a time on {', '.join(devices)}"
+    console.print(f"points: {len(points)}, {where}", highlight=False)
     with (
         _workers(options, jobs, devices) as submit,
         Progress(console=console, transient=True) as progress,

@@ -1,8 +1,8 @@
 """CUDA C++ kernels for Hopper, compiled by NVRTC when first used: no compiler is needed.
 
-A source is `hopper.cuh`, wrappers of the wgmma widths in use, constants, and the kernel's
-own file. NVRTC comes with torch's CUDA builds; without it (or on another GPU) the Triton
-kernels compute the same.
+A source is `words.cuh` and `hopper.cuh`, wrappers of the wgmma widths in use, constants,
+and the kernel's own file. NVRTC comes with torch's CUDA builds; without it (or on another
+GPU) the Triton kernels compute the same.
 """
 
 import ctypes
@@ -37,7 +37,8 @@ def source_of(
 
 def header() -> str:
     """What all kernels begin with."""
-    return Path(__file__).with_name("hopper.cuh").read_text()
+    names = "words.cuh", "hopper.cuh"
+    return "".join(Path(__file__).with_name(name).read_text() for name in names)
 
 
 def wgmma_wrappers(n: int) -> str:

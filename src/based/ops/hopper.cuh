@@ -1,24 +1,11 @@
-// What CUDA C++ kernels for Hopper share: types, copies into shared memory, wgmma.
+// What CUDA C++ kernels for Hopper share: copies into shared memory, products. words.cuh comes before.
 // Compiled by NVRTC, so nothing is included; cuda.py adds wgmma_<N>, one for each width in use.
 
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
-typedef long long i64;
-struct __align__(8) uint2_ { u32 x, y; };
-struct __align__(8) float2_ { float x, y; };
-struct __align__(16) uint4_ { u32 x, y, z, w; };
-
-// Pairs of bfloat16 in one register, the even column in the low half.
-__device__ __forceinline__ float low(u32 pair) { return __uint_as_float(pair << 16); }
-__device__ __forceinline__ float high(u32 pair) { return __uint_as_float(pair & 0xFFFF0000u); }
 __device__ __forceinline__ u32 pack(float even, float odd) {
     u32 pair;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(odd), "f"(even));
     return pair;
 }
-// Rounded once.
-__device__ __forceinline__ u32 added(u32 a, u32 b) { return pack(low(a) + low(b), high(a) + high(b)); }
 __device__ __forceinline__ u32 times(u32 a, u32 b) {
     u32 product;
     asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
@@ -87,11 +74,6 @@ __device__ __forceinline__ void multiply_add(float (&d)[4], const u32 (&a)[4], u
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// A matrix in shared memory as wgmma wants it described. SWIZZLE: 1 for rows of 128 bytes, 3 for
-// 32. `outer` and `group` are bytes: between panels of columns, and between groups of 8 rows.
-template <int SWIZZLE> __device__ __forceinline__ u64 descriptor(u32 shared, u32 outer, u32 group) {
-    return (u64)(shared >> 4 & 0x3FFF) | (u64)(outer >> 4) << 16 | (u64)(group >> 4) << 32 | (u64)SWIZZLE << 62;
-}
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int N> __device__ __forceinline__ void wgmma_wait() {

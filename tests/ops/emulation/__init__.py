@@ -13,7 +13,7 @@ import torch
 
 from based.ops import cuda
 
-HERE = Path(__file__).parent
+HERE, WORDS = Path(__file__).parent, Path(cuda.__file__).parent
 COMPILER = shutil.which("g++")
 
 
@@ -36,8 +36,9 @@ def _built(source: str, name: str, folder: Path) -> ctypes.CDLL:
     )
     assert COMPILER is not None
     library = path.with_suffix(".so")
-    options = ["-std=c++20", "-O2", "-w", "-shared", "-fPIC", "-o", str(library), str(path)]
-    done = subprocess.run([COMPILER, *options], capture_output=True, text=True, check=False)
+    options = ["-std=c++20", "-O2", "-w", "-shared", "-fPIC", "-I", str(WORDS), "-o", str(library)]
+    command = [COMPILER, *options, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[:3000]
     return ctypes.CDLL(str(library))
 

@@ -1,4 +1,4 @@
-// What hopper.cuh defines, on a CPU: blocks one after another, threads as fibers that take turns
+// What hopper.cuh defines, on a CPU, over the same words.cuh: blocks one after another, threads as fibers that take turns
 // wherever threads of a warp, a warpgroup or a block meet.
 //
 // LATE says when asynchronous things happen: copies and products when they are started, or only
@@ -21,13 +21,8 @@
 #define __shared__
 #define __align__(n) __attribute__((aligned(n)))
 
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
-typedef long long i64;
-struct __align__(8) uint2_ { u32 x, y; };
-struct __align__(8) float2_ { float x, y; };
-struct __align__(16) uint4_ { u32 x, y, z, w; };
+inline float __uint_as_float(unsigned bits) { float x; std::memcpy(&x, &bits, 4); return x; }
+#include "words.cuh"
 
 using std::max;
 
@@ -91,7 +86,6 @@ template <class T> T __shfl_xor_sync(u32 mask, T value, int with) {
 
 // ---- numbers
 
-inline float __uint_as_float(u32 bits) { float x; std::memcpy(&x, &bits, 4); return x; }
 inline u32 bits_of(float x) { u32 bits; std::memcpy(&bits, &x, 4); return bits; }
 inline u16 rounded(float x) {
     const u32 bits = bits_of(x);
@@ -104,10 +98,7 @@ inline u32 __byte_perm(u32 a, u32 b, u32 which) {
     for (int i = 0; i < 4; i++) made |= (u32)(both >> 8 * (which >> 4 * i & 7) & 0xFF) << 8 * i;
     return made;
 }
-inline float low(u32 pair) { return __uint_as_float(pair << 16); }
-inline float high(u32 pair) { return __uint_as_float(pair & 0xFFFF0000u); }
 inline u32 pack(float even, float odd) { return (u32)rounded(odd) << 16 | rounded(even); }
-inline u32 added(u32 a, u32 b) { return pack(low(a) + low(b), high(a) + high(b)); }
 inline u32 times(u32 a, u32 b) { return pack(low(a) * low(b), high(a) * high(b)); }
 
 // ---- memory
@@ -172,9 +163,6 @@ inline void multiply_add(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     meet_warp();
 }
 
-template <int SWIZZLE> u64 descriptor(u32 shared, u32 outer, u32 group) {
-    return (u64)(shared >> 4 & 0x3FFF) | (u64)(outer >> 4) << 16 | (u64)(group >> 4) << 32 | (u64)SWIZZLE << 62;
-}
 // Entry (k, n) of the right side that is described.
 inline float right(u64 b, bool transposed, int k, int n) {
     const u32 outer = (b >> 16 & 0x3FFF) << 4, group = (b >> 32 & 0x3FFF) << 4;

@@ -73,6 +73,7 @@ def on_this_machine(monkeypatch, tmp_path_factory) -> Iterator[Callable[[bool], 
     folder = tmp_path_factory.getbasetemp() / "emulated"  # compiled once a worker
     folder.mkdir(exist_ok=True)
     monkeypatch.setitem(LIMITS, torch.bfloat16, (4e-3, 1e-2, 2e-3))
+    torch.use_deterministic_algorithms(True)
     yield lambda late: emulate(monkeypatch, folder, late)
     torch.use_deterministic_algorithms(False)
     for kept in (hopper._segment_kernel, hopper._states_kernel):
@@ -85,7 +86,6 @@ def test_one_strip_a_sequence_emulated(late, on_this_machine) -> None:
     """Whether asynchronous copies and products happen at once or when they are waited for."""
     on_this_machine(late)
     q, k = 4 * draw(1, 333, 2, 16), draw(1, 333, 2, 16)
-    torch.use_deterministic_algorithms(True)
     compare(q, k, draw(1, 333, 2, 64) + 0.5, torch.bfloat16)
 
 
@@ -96,7 +96,6 @@ def test_lengths_emulated(length, on_this_machine, few_programs) -> None:
     on_this_machine(False)
     q, k = draw(1, length, 1, 16), draw(1, length, 1, 16)
     state = initial_state(1, 1, 16, 112)
-    torch.use_deterministic_algorithms(True)
     compare(q, k, draw(1, length, 1, 112) + 0.5, torch.bfloat16, state)
 
 
@@ -116,7 +115,6 @@ def test_packed_sequences_emulated(on_this_machine, few_programs) -> None:
     on_this_machine(False)
     edges = torch.tensor([0, 30, 30, 31, 600])
     q, k, v = draw(1, 600, 2, 16), draw(1, 600, 2, 16), draw(1, 600, 2, 48)
-    torch.use_deterministic_algorithms(True)
     compare(q, k, v, torch.bfloat16, None, edges)
 
 

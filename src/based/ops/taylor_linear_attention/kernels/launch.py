@@ -141,12 +141,12 @@ def run_states(
     H, V, F = shape.heads, shape.V, num_features(shape.K)
     M, S, N = len(segments.segments), len(segments.strips), len(segments.strip_edges) - 1
     # Strips that a packed batch turns out not to have are still converted with the others.
-    strips = x.new_zeros if segments.padded else x.new_empty
+    new_sums = x.new_zeros if segments.padded else x.new_empty
     states = States(
         x.new_empty((M, H, F, V), dtype=shape.dtype),
         x.new_empty((M, H, F), dtype=torch.float32),
-        strips((S, H, F, V), dtype=torch.float32),
-        strips((S, H, F), dtype=torch.float32),
+        new_sums((S, H, F, V), dtype=torch.float32),
+        x.new_empty((S, H, F), dtype=torch.float32),
     )
     if hopper.takes(x, y):
         hopper.sum_states(x, y, delta, segments.strips, states)

@@ -83,7 +83,7 @@ def time_ours(point: Point, recipe: Recipe, options: Options) -> dict[str, Any]:
         pool = ProcessPoolExecutor(options.jobs, context, _meet_at, (barrier,))
         with pool:
             waiting = [
-                pool.submit(_time_point, point, recipe, options) for _ in range(options.jobs)
+                pool.submit(_time_beside, point, recipe, options) for _ in range(options.jobs)
             ]
             found = [one.result() for one in waiting]
     # The slowest of those side by side.
@@ -107,6 +107,16 @@ _barrier: Barrier | None = None
 def _meet_at(barrier: Barrier) -> None:
     global _barrier
     _barrier = barrier
+
+
+def _time_beside(point: Point, recipe: Recipe, options: Options) -> Times:
+    try:
+        return _time_point(point, recipe, options)
+    except BaseException:
+        # Who fails, out of memory perhaps, comes to no meeting: the others wait no longer.
+        if _barrier is not None:
+            _barrier.abort()
+        raise
 
 
 def _time_point(point: Point, recipe: Recipe, options: Options) -> Times:

@@ -22,6 +22,9 @@ DOCS = "training", "generation", "recall", "kernels"
 PAGES = (README, *(ROOT / "docs" / f"{name}.md" for name in DOCS))
 # Batches in the README's table of decoding; the file has more.
 SHOWN_BATCHES = (1, 64, 128, 1024, 4096)
+# Of the tables of its kernels: fields that are headings too.
+TAYLOR = "taylor_linear_attention"
+TAYLOR_SIZES = {name: name for name in ("batch", "tokens", "head_dim", "direction")}
 
 
 def markdown(headings: list[str], rows: list[list[str]]) -> str:
@@ -71,15 +74,12 @@ def taylor_cpu() -> str:
 def kernels() -> str:
     names = ("based", "fla parallel", "fla fused_chunk", "ThunderKittens", "FlashAttention-2")
     names += ("cuDNN attention",)
-    sizes = {name: name for name in ("batch", "tokens", "head_dim", "direction")}
-    return side_by_side("taylor_linear_attention", sizes, names)
+    return side_by_side(TAYLOR, TAYLOR_SIZES, names)
 
 
 def hopper() -> str:
     """Ours in both languages."""
-    sizes = {name: name for name in ("batch", "tokens", "head_dim", "direction")}
-    names = "based in Triton", "based"
-    return side_by_side("taylor_linear_attention", sizes, names, digits=3)
+    return side_by_side(TAYLOR, TAYLOR_SIZES, ("based in Triton", "based"), digits=3)
 
 
 def windows() -> str:

@@ -1,37 +1,73 @@
-"""Runs every kernel at small odd shapes, to be watched by NVIDIA's compute-sanitizer:
+"""NVIDIA's compute-sanitizer over every kernel, at small odd shapes.
 
-compute-sanitizer --tool memcheck --error-exitcode 1 python -m benchmarks.sanitize
+    python -m benchmarks.sanitize                              # all; rows in results/sanitize.jsonl
+    python -m benchmarks.sanitize hopper --tools racecheck     # a part, one of its tools
+    python -m benchmarks.sanitize hopper --here                # a part, watched by nothing
 
-and likewise with `racecheck`, `initcheck` and `synccheck`. Words choose parts: `hopper`
-(Taylor linear attention in CUDA C++), `taylor` (in Triton), `mixers`, `decoding`. Every
-tensor is an allocation of its own, so that a step past its end is seen. Tests compare
-numbers; here only NaNs end the run.
+Parts are `hopper` (Taylor linear attention in CUDA C++), `taylor-K` (in Triton, with that
+feature_dim), `mixers` and `decoding`. Every tensor is an allocation of its own, so that a step
+past its end is seen. Tests compare numbers; here only NaNs end the run.
+
+Triton has each thread that holds a sum write it to shared memory, where copies differ in
+their last bit: racecheck reports these (triton-lang/triton issue 7264). Writes of one
+instruction are counted beside errors, as `same_store`.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 # Before torch starts: no cache between tensors and the driver.
 os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
 
+import re
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import product
+from typing import Annotated
 
 import torch
+import tyro
+from rich.console import Console
 from torch import Tensor
 
-from based.generation import Engine, EngineConfig, Sampling
+from based.errors import BasedError
+from based.generation.sampling import Sampling, sampling_rows
+from based.generation.step import DecodeStep
 from based.mixers import build_mixer
 from based.models import Decoder, DecoderConfig
 from based.ops import kernels
 from based.ops.stacked_cross_entropy import stacked_cross_entropy
+from based.ops.taylor_linear_attention import decode as taylor_decode
 from based.ops.taylor_linear_attention import num_features
 from based.ops.taylor_linear_attention.kernels import launch
 from based.ops.taylor_linear_attention.operator import _unsupported
+from benchmarks.rows import add_row
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LENGTH, HEADS = 333, 3
+TOOLS = ("memcheck", "initcheck", "racecheck", "synccheck")
+PARTS = ("hopper", "taylor-8", "taylor-16", "taylor-24", "taylor-32", "mixers", "decoding")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is watched, and by what."""
+
+    parts: Annotated[tuple[str, ...], tyro.conf.Positional] = PARTS
+    tools: tuple[str, ...] = TOOLS
+    jobs: int = 4
+    """Watched processes side by side."""
+    minutes: float = 60
+    """Of each of them."""
+    here: bool = False
+    """Run the parts in this process, without a tool."""
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -39,14 +75,22 @@ def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def taylor(feature_dim: int, head_dim: int, dtype: torch.dtype, packed: bool) -> list[Tensor]:
-    """Forward and backward with an initial state, over several strips."""
+    """Forward and backward over several strips, from the state that other tokens leave."""
     rows = 1 if packed else 2
     edges = torch.tensor([0, 1, 1, 70, LENGTH], device=DEVICE) if packed else None
     shape = (4 if packed else rows, HEADS, num_features(feature_dim))
-    q, k = (draw(rows, LENGTH, HEADS, feature_dim, dtype=dtype) for _ in range(2))
-    v, d_out = (draw(rows, LENGTH, HEADS, head_dim, dtype=dtype) for _ in range(2))
-    state = draw(*shape, head_dim), draw(*shape).abs()
-    out, *final, inverse, states = launch.forward(q, k, v, *state, edges, want_state=True)
+    zero = torch.zeros(*shape, head_dim, device=DEVICE)
+    sizes = (feature_dim, feature_dim, head_dim)
+    q, k, v = (draw(rows, LENGTH, HEADS, size, dtype=dtype) for size in sizes)
+    # Of numbers that no keys make the divisor may be next to nothing, and float16 overflow.
+    _, numerator, normaliser, _, _ = launch.forward(
+        q, k, v, zero, zero[..., 0].contiguous(), edges, want_state=True
+    )
+    q, k, v = (draw(rows, LENGTH, HEADS, size, dtype=dtype) for size in sizes)
+    out, *final, inverse, states = launch.forward(
+        q, k, v, numerator, normaliser, edges, want_state=True
+    )
+    d_out = draw(rows, LENGTH, HEADS, head_dim, dtype=dtype)
     gradients = launch.backward(q, k, v, edges, out, inverse, states, d_out, *final)
     return [out, *final, *gradients]
 
@@ -65,12 +109,12 @@ def mixers() -> None:
 
 
 def decoding() -> None:
-    """Every decode kernel, through the engine."""
+    """Every decode kernel, in steps of few rows and of more; graphs would need the cache."""
     linear, window = "taylor_linear_attention", "sliding_window_attention"
     config = DecoderConfig(
         vocab_size=61,
-        hidden_size=24,
-        intermediate_size=40,
+        hidden_size=192,
+        intermediate_size=64,
         mixers=("gated_convolution", linear, window, "softmax_attention"),
         mixer_options={
             linear: {"num_heads": 3, "feature_dim": 8},
@@ -78,11 +122,19 @@ def decoding() -> None:
             "softmax_attention": {"num_heads": 2, "num_kv_heads": 1},
         },
     )
-    engine = Engine(Decoder(config).to(DEVICE), EngineConfig(slots=3, max_length=64, recent=3))
-    engine.submit([1, 2, 3], Sampling(temperature=0.0, max_new_tokens=9))
-    engine.submit([4], Sampling(top_k=7, top_p=0.9, max_new_tokens=5))
-    while engine.busy:
-        engine.step()
+    many = taylor_decode.MANY
+    for rows, limit, dtype in product((1, 3, 7), (many, 0), (torch.float32, torch.bfloat16)):
+        taylor_decode.MANY = limit
+        model = Decoder(config).to(DEVICE, dtype)
+        state = model.init_state(rows, 64, recent=3)
+        step = DecodeStep(model, state, [rows], model.step, graphs=False)
+        samplings = [Sampling(0.0), Sampling(top_k=7, top_p=0.9, seed=1), *[Sampling()] * rows]
+        options = sampling_rows(samplings[:rows], [0] * rows, config.vocab_size, step.tokens.device)
+        step.set_rows(range(rows), torch.arange(rows), options)
+        found = [step.run(rows).logprobs.clone() for _ in range(9)]
+        if torch.stack(found).isnan().any():
+            raise SystemExit(f"NaN in a step of {rows} rows in {dtype}")
+    taylor_decode.MANY = many
 
 
 def taylor_cases(*choices: tuple) -> None:
@@ -98,20 +150,99 @@ def taylor_cases(*choices: tuple) -> None:
             raise SystemExit(f"NaN in {', '.join(found)} at {what}")
 
 
-def main(parts: list[str]) -> None:
+def run_part(part: str) -> None:
+    """The kernels of a part, once."""
     torch.manual_seed(0)
-    if "hopper" in parts:
+    kernels.HOPPER = part == "hopper"
+    if part == "hopper":
         taylor_cases((16,), (16, 64, 112), (torch.bfloat16,), (False, True))
-    kernels.HOPPER = False
-    if "taylor" in parts:
-        dtypes = torch.bfloat16, torch.float16, torch.float32
-        taylor_cases((8, 16, 24, 32), (17, 64, 112), dtypes, (False, True))
-    if "mixers" in parts:
+    elif part == "mixers":
         mixers()
-    if "decoding" in parts:
+    elif part == "decoding":
         decoding()
-    print(f"every kernel of {', '.join(parts)} ran")
+    else:
+        dtypes = torch.bfloat16, torch.float16, torch.float32
+        taylor_cases((int(part.removeprefix("taylor-")),), (17, 64, 112), dtypes, (False, True))
+
+
+def complaints(report: str) -> tuple[list[str], int]:
+    """What a tool found, one text each, and how often writes of one instruction met."""
+    errors, same = [], 0
+    lines = [line.removeprefix("=========").strip() for line in report.splitlines()]
+    for here, line in enumerate(lines):
+        if not re.match(r"(Error|Warning|Invalid|Uninitialized|Barrier|Program hit)", line):
+            continue
+        race = re.match(r".*Race reported between Write access at (\S+)", line)
+        others = list(_others(lines[here + 1 :]))
+        if race and others and all(f"Write access at {race[1]} " in other for other in others):
+            same += sum(
+                int(count) for other in others for count in re.findall(r"\[(\d+) haz", other)
+            )
+        else:
+            errors.append(" ".join([line, *others]))
+    return errors, same
+
+
+def _others(lines: list[str]) -> Iterator[str]:
+    """The accesses that a race's first line is followed by."""
+    for line in lines:
+        if not line.startswith("and "):
+            return
+        yield line
+
+
+def watch(part: str, tool: str, sanitizer: str, minutes: float) -> dict[str, object]:
+    """Runs a part under a tool; what it found."""
+    command = [sanitizer, "--tool", tool, "--print-limit", "100000", "--error-exitcode", "9"]
+    command += [sys.executable, "-m", "benchmarks.sanitize", part, "--here"]
+    began = time.monotonic()
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60 * minutes)
+        text = done.stdout + done.stderr
+    except subprocess.TimeoutExpired as stopped:
+        text = (stopped.stdout or b"").decode()
+    errors, same = complaints(text)
+    if f"every kernel of {part} ran" not in text:
+        errors.append("did not come to its end: " + text.strip()[-600:])
+    return {
+        "errors": errors[:5],
+        "count": len(errors),
+        "same_store": same,
+        "seconds": round(time.monotonic() - began),
+    }
+
+
+def main(options: Options) -> None:
+    """Every part under every tool; a row each."""
+    for part in options.parts:
+        if part not in PARTS:
+            raise BasedError(f"no part {part}; parts are {', '.join(PARTS)}")
+    if options.here:
+        for part in options.parts:
+            run_part(part)
+            print(f"every kernel of {part} ran")
+        return
+    installed = sorted(Path("/usr/local").glob("cuda*/bin/compute-sanitizer"))
+    sanitizer = shutil.which("compute-sanitizer") or next(map(str, installed), None)
+    if sanitizer is None:
+        raise BasedError(
+            "compute-sanitizer is not on the PATH; it comes with NVIDIA's CUDA toolkit"
+        )
+    console, clean = Console(), True
+    pairs = list(product(options.parts, options.tools))
+    with ThreadPoolExecutor(options.jobs) as pool:
+        works = [pool.submit(watch, *pair, sanitizer, options.minutes) for pair in pairs]
+        for (part, tool), work in zip(pairs, works, strict=True):
+            found = work.result()
+            clean &= not found["count"]
+            add_row("sanitize", {"part": part, "tool": tool}, found)
+            console.print(f"{part} {tool}: {found}", style="red" if found["count"] else "green")
+    if not clean:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or ["hopper", "taylor", "mixers", "decoding"])
+    try:
+        main(tyro.cli(Options))
+    except BasedError as error:
+        raise SystemExit(f"error: {error}") from None

@@ -36,7 +36,7 @@ launches: list[tuple[JITFunction, tuple, dict[str, Any]]] = []
 room = SHARED
 # As kernels are launched on such a GPU.
 pdl = {"OVERLAP": True, "launch_pdl": True} if CAPABILITY >= 90 else {"OVERLAP": False}
-kernels.overlap = lambda x: pdl  # pyright: ignore[reportAttributeAccessIssue]
+kernels.overlap = lambda x, **_: pdl  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def record(self: JITFunction, grid: Any) -> Callable[..., None]:

@@ -119,8 +119,12 @@ def test_a_full_ring_folds_its_row_alone() -> None:
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(("D", "R"), [(112, 56), (20, 3), (16, 0)])
-@pytest.mark.parametrize("group", [1, 2, 4])
-def test_attention_step_in_a_ring(D: int, R: int, group: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("group", "whole"), [(1, True), (1, False), (2, True), (4, True)])
+def test_attention_step_in_a_ring(
+    D: int, R: int, group: int, whole: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not whole:
+        monkeypatch.setattr(attention, "MOST_WHOLE", 0)
     rows, heads, slots = 2, 4, 3
     frequencies = inverse_frequencies(D, 2 * R / D).to(DEVICE)
     assert len(frequencies) == R

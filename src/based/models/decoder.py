@@ -19,6 +19,7 @@ from based.mixers.packing import Packing
 from based.models.config import DecoderConfig
 from based.ops.elementwise import Residual, add_rms_norm
 from based.ops.few_rows_linear import fuses, linear, norm_linear, norm_linear_swiglu
+from based.ops.kernels import one_step
 from based.ops.linear_cross_entropy import linear_cross_entropy
 from based.ops.rotary import frequencies_on
 
@@ -273,9 +274,11 @@ class Decoder(nn.Module):
     def _step_blocks(self, tokens: Tensor, state: DecoderState) -> Residual:
         x, branch = self._embed(tokens), None
         step = self._step_block if len(tokens) > self._compiled_above else Block.step
-        for block, layer_state in zip(self.blocks, state, strict=True):
-            assert isinstance(block, Block)
-            x, branch = step(block, x, branch, layer_state)
+        # The embedding is an ordinary launch.
+        with one_step():
+            for block, layer_state in zip(self.blocks, state, strict=True):
+                assert isinstance(block, Block)
+                x, branch = step(block, x, branch, layer_state)
         return self.norm.of(x, branch)
 
     def init_state(self, batch_size: int, length: int = 0, recent: int = 0) -> DecoderState:

@@ -1,5 +1,7 @@
 """When the Triton kernels are used, and how they follow each other."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 
@@ -16,6 +18,7 @@ OVERLAP = True
 HOPPER = True
 # Bytes of shared memory that no kernel takes.
 ENOUGH = 1 << 20
+_in_step = False
 
 
 def use_kernels(x: Tensor) -> bool:
@@ -47,13 +50,29 @@ def shared_memory(device: torch.device) -> int:
     return properties.shared_memory_per_block_optin if properties.major < 9 else ENOUGH
 
 
-def overlap(x: Tensor) -> dict[str, bool]:
+@contextmanager
+def one_step() -> Iterator[None]:
+    """A decode step, which begins with an ordinary launch and touches every state once.
+
+    Within, kernels may read their state while the kernel before them still runs.
+    """
+    global _in_step
+    before, _in_step = _in_step, True
+    try:
+        yield
+    finally:
+        _in_step = before
+
+
+def overlap(x: Tensor, *, reads_state: bool = False) -> dict[str, bool]:
     """Launch options of a kernel that calls `overlap.wait_for_previous` before its first access.
 
     With programmatic dependent launch (compute capability 9 and up) a kernel's start
-    hides behind the end of the one before it.
+    hides behind the end of the one before it. A kernel that reads its state before it
+    waits overlaps others only in a step, where none of them writes that.
     """
     able = OVERLAP and x.is_cuda and not torch.compiler.is_compiling()
+    able = able and (_in_step or not reads_state)
     if able and torch.cuda.get_device_capability(x.device)[0] >= 9:
         return {"OVERLAP": True, "launch_pdl": True}
     return {"OVERLAP": False}

@@ -20,8 +20,9 @@ from based.ops.overlap import wait_for_previous
 from based.ops.tensor_core import dot, dot_add
 
 TILE = {"BLOCK_S": 16, "STAGES": 3, "num_warps": 2}
-# Where programs are few.
+# Where programs are few, and where one of them holds a whole window: of so many slots.
 WIDE, FEW = {"BLOCK_S": 32, "STAGES": 3, "num_warps": 4}, 64
+WHOLE, MOST_WHOLE = {"num_warps": 8}, 129
 # Where several queries share their keys; by bytes of a cached number.
 GROUPED = {size: {"BLOCK_S": 128 // size, "STAGES": 2, "num_warps": 4} for size in (2, 4)}
 # Rows of the smallest matrix that matrix units multiply.
@@ -36,66 +37,110 @@ PROGRAMS, SMALLEST = 4096, 256
 
 @triton.jit
 @no_type_check
-def _turn(x, half, rest, position, frequencies, lane, R: tl.constexpr):
-    """Rotary: the pairs (i, i + R) of `x`, given as `half` shifted to each other's place."""
+def _turns(position, frequencies, lane, R: tl.constexpr):
+    """Rotary: by what a channel is multiplied at a position, and by what its pair's other half."""
     pair = tl.where(lane < R, lane, lane - R)
     angle = position.to(tl.float64) * tl.load(frequencies + pair, mask=lane < 2 * R, other=0.0)
     # In turns, so that float32 sees an angle below 2 pi at any position.
     turns = angle * 0.15915494309189535
     angle = ((turns - tl.floor(turns)) * 6.283185307179586).to(tl.float32)
-    sign = tl.where(lane < R, -1.0, 1.0)
-    return tl.where(lane < 2 * R, x * tl.cos(angle) + sign * half * tl.sin(angle), rest)
+    turned = lane < 2 * R
+    own, other = tl.where(turned, tl.cos(angle), 1.0), tl.where(turned, tl.sin(angle), 0.0)
+    return own, tl.where(lane < R, -other, other)
 
 
 @triton.jit
 @no_type_check
-def _rotated(x_ptr, position, frequencies, lane, D: tl.constexpr, R: tl.constexpr):
-    """A head of D channels at `x_ptr`, rotated, in float32."""
+def _rotated(x_ptr, lane, own, other, D: tl.constexpr, R: tl.constexpr):
+    """A head of D channels at `x_ptr`, rotated, in float32: channel i is paired with i + R."""
     x = tl.load(x_ptr + lane, mask=lane < D, other=0.0).to(tl.float32)
     if R == 0:
         return x
-    other = tl.where(lane < R, lane + R, lane - R)
-    half = tl.load(x_ptr + other, mask=lane < 2 * R, other=0.0).to(tl.float32)
-    return _turn(x, half, x, position, frequencies, lane, R)
+    half = tl.where(lane < R, lane + R, lane - R)
+    half = tl.load(x_ptr + half, mask=lane < 2 * R, other=0.0).to(tl.float32)
+    return x * own + half * other
 
 
 @triton.jit
 @no_type_check
-def _new_token(
+def _place(seen_ptr, frequencies, row, slots, lane, R: tl.constexpr):
+    """The new token's slot, how many slots hold others, and its rotation."""
+    position = tl.load(seen_ptr + row)
+    own, other = _turns(position, frequencies, lane, R)
+    return (position % slots).to(tl.int32), tl.minimum(position, slots - 1).to(tl.int32), own, other
+
+
+@triton.jit
+@no_type_check
+def _tile(
+    keys_ptr,
+    values_ptr,
+    first,
+    end,
+    place,
+    base,
+    lane,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """Keys and values of BLOCK_S slots from number `first` on, and which count."""
+    number = first + tl.arange(0, BLOCK_S)
+    real = number < end
+    # The new token's slot is left out.
+    slot = number + (number >= place).to(tl.int32)
+    cell = base + slot.to(tl.int64)[:, None] * (G * D) + lane[None, :]
+    present = real[:, None] & (lane < D)[None, :]
+    k = tl.load(keys_ptr + cell, mask=present, other=0.0)
+    return k, tl.load(values_ptr + cell, mask=present, other=0.0), real
+
+
+@triton.jit
+@no_type_check
+def _window_step_kernel(
+    q_ptr,
     k_ptr,
     v_ptr,
+    keys_ptr,
+    values_ptr,
     seen_ptr,
     frequencies,
-    row,
-    head,
+    out_ptr,
+    parts_ptr,
+    q_stride,
     k_stride,
     v_stride,
     slots,
-    lane,
-    dtype: tl.constexpr,
+    SCALE: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
     R: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
-    """Its position and slot, how many slots hold others, where its head's begin; key and value."""
-    position = tl.load(seen_ptr + row)
-    place = (position % slots).to(tl.int32)
-    # Slots of other tokens than the new one, whose slot is left out.
-    past = tl.minimum(position, slots - 1).to(tl.int32)
-    key = _rotated(k_ptr + row * k_stride + head * D, position, frequencies, lane, D, R)
-    value = tl.load(v_ptr + row * v_stride + head * D + lane, mask=lane < D, other=0.0)
-    return position, place, past, row * slots * (G * D) + head * D, key.to(dtype), value
-
-
-@triton.jit
-@no_type_check
-def _cells(first, end, place, base, lane, G: tl.constexpr, D: tl.constexpr, BLOCK_S: tl.constexpr):
-    """Of BLOCK_S slots from number `first` on: which count, where they are, what is there."""
-    number = first + tl.arange(0, BLOCK_S)
-    real = number < end
-    slot = number + (number >= place).to(tl.int32)
-    cell = base + slot.to(tl.int64)[:, None] * (G * D) + lane[None, :]
-    return real, cell, real[:, None] & (lane < D)[None, :]
+    """All slots in one tile, which is on its way before the kernel waits."""
+    row, head, lane = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, BLOCK_D)
+    inside = lane < D
+    place, past, own, other = _place(seen_ptr, frequencies, row, slots, lane, R)
+    base = row * slots * (G * D) + head * D
+    k, v, real = _tile(keys_ptr, values_ptr, 0, past, place, base, lane, G, D, BLOCK_S)
+    wait_for_previous(OVERLAP)
+    key = _rotated(k_ptr + row * k_stride + head * D, lane, own, other, D, R)
+    key = key.to(keys_ptr.dtype.element_ty)
+    value = tl.load(v_ptr + row * v_stride + head * D + lane, mask=inside, other=0.0)
+    query = _rotated(q_ptr + row * q_stride + head * D, lane, own, other, D, R) * SCALE
+    tl.store(keys_ptr + base + place * (G * D) + lane, key, mask=inside)
+    tl.store(values_ptr + base + place * (G * D) + lane, value, mask=inside)
+    score = tl.sum(k.to(tl.float32) * query[None, :], axis=1)
+    score = tl.where(real, score, float("-inf"))
+    own = tl.sum(query * key.to(tl.float32))
+    peak = tl.maximum(tl.max(score), own)
+    weight, own = tl.exp(score - peak), tl.exp(own - peak)
+    out = tl.sum(v.to(tl.float32) * weight[:, None], axis=0) + own * value.to(tl.float32)
+    out /= tl.sum(weight) + own
+    tl.store(out_ptr + (row * G + head) * D + lane, out, mask=inside)
 
 
 @triton.jit
@@ -127,29 +172,29 @@ def _attention_step_kernel(
     row, head, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     lane = tl.arange(0, BLOCK_D)
     inside = lane < D
+    place, past, own, other = _place(seen_ptr, frequencies, row, slots, lane, R)
+    base = row * slots * (G * D) + head * D
+    share = tl.cdiv(past, SPLITS)
+    begin, end = part * share, tl.minimum(part * share + share, past)
     wait_for_previous(OVERLAP)
-    position, place, past, base, key, value = _new_token(
-        *(k_ptr, v_ptr, seen_ptr, frequencies, row, head, k_stride, v_stride, slots, lane),
-        *(keys_ptr.dtype.element_ty, G, D, R),
-    )
-    query = _rotated(q_ptr + row * q_stride + head * D, position, frequencies, lane, D, R) * SCALE
+    key = _rotated(k_ptr + row * k_stride + head * D, lane, own, other, D, R)
+    key = key.to(keys_ptr.dtype.element_ty)
+    value = tl.load(v_ptr + row * v_stride + head * D + lane, mask=inside, other=0.0)
+    query = _rotated(q_ptr + row * q_stride + head * D, lane, own, other, D, R) * SCALE
     # Row r of a tile keeps a softmax of its own over slots r, r + BLOCK_S, ...; rows are
     # joined once, at the end.
     peaks = tl.full((BLOCK_S,), LOWEST, tl.float32)
     totals = tl.zeros((BLOCK_S,), tl.float32)
     tile = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
-    share = tl.cdiv(past, SPLITS)
-    begin, end = part * share, tl.minimum(part * share + share, past)
     # Several tiles are on their way at a time.
     for first in tl.range(begin, end, BLOCK_S, num_stages=STAGES):
-        real, cell, present = _cells(first, end, place, base, lane, G, D, BLOCK_S)
-        k = tl.load(keys_ptr + cell, mask=present, other=0.0).to(tl.float32)
-        score = tl.where(real, tl.sum(k * query[None, :], axis=1), float("-inf"))
-        v = tl.load(values_ptr + cell, mask=present, other=0.0).to(tl.float32)
+        k, v, real = _tile(keys_ptr, values_ptr, first, end, place, base, lane, G, D, BLOCK_S)
+        score = tl.sum(k.to(tl.float32) * query[None, :], axis=1)
+        score = tl.where(real, score, float("-inf"))
         higher = tl.maximum(peaks, score)
         shrink, weight = tl.exp(peaks - higher), tl.exp(score - higher)
         totals = totals * shrink + weight
-        tile = tile * shrink[:, None] + v * weight[:, None]
+        tile = tile * shrink[:, None] + v.to(tl.float32) * weight[:, None]
         peaks = higher
     # The new token counts in the first part.
     own = tl.where(part == 0, tl.sum(query * key.to(tl.float32)), LOWEST)
@@ -200,14 +245,14 @@ def _grouped_attention_step_kernel(
     row, owner, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     lane, member = tl.arange(0, BLOCK_D), tl.arange(0, MEMBERS)
     inside, head = lane < D, owner * GROUP + tl.minimum(member, GROUP - 1)
+    place, past, own, other = _place(seen_ptr, frequencies, row, slots, lane, R)
+    base = row * slots * (G * D) + owner * D
     wait_for_previous(OVERLAP)
-    position, place, past, base, key, value = _new_token(
-        *(k_ptr, v_ptr, seen_ptr, frequencies, row, owner, k_stride, v_stride, slots, lane),
-        *(keys_ptr.dtype.element_ty, G, D, R),
-    )
-    query = _rotated(
-        q_ptr + row * q_stride + head[:, None] * D, position, frequencies, lane[None, :], D, R
-    )
+    key = _rotated(k_ptr + row * k_stride + owner * D, lane, own, other, D, R)
+    key = key.to(keys_ptr.dtype.element_ty)
+    value = tl.load(v_ptr + row * v_stride + owner * D + lane, mask=inside, other=0.0)
+    queries = q_ptr + row * q_stride + head[:, None] * D
+    query = _rotated(queries, lane[None, :], own[None, :], other[None, :], D, R)
     query = query.to(keys_ptr.dtype.element_ty)
     peaks = tl.full((MEMBERS,), LOWEST, tl.float32)
     totals = tl.zeros((MEMBERS,), tl.float32)
@@ -215,11 +260,9 @@ def _grouped_attention_step_kernel(
     share = tl.cdiv(past, SPLITS)
     begin, end = part * share, tl.minimum(part * share + share, past)
     for first in tl.range(begin, end, BLOCK_S, num_stages=STAGES):
-        real, cell, present = _cells(first, end, place, base, lane, G, D, BLOCK_S)
-        k = tl.load(keys_ptr + cell, mask=present, other=0.0)
+        k, v, real = _tile(keys_ptr, values_ptr, first, end, place, base, lane, G, D, BLOCK_S)
         score = dot(query, tl.trans(k), "ieee") * SCALE
         score = tl.where(real[None, :], score, float("-inf"))
-        v = tl.load(values_ptr + cell, mask=present, other=0.0)
         higher = tl.maximum(peaks, tl.max(score, axis=1))
         shrink, weight = tl.exp(peaks - higher), tl.exp(score - higher[:, None])
         totals = totals * shrink + tl.sum(weight, axis=1)
@@ -287,7 +330,10 @@ def attention_step_kernel(
     parts = torch.empty(
         B * H * splits * (block_d + 2) if splits > 1 else 1, dtype=torch.float32, device=q.device
     )
-    kernel, choices = _attention_step_kernel, WIDE if B * H * splits <= FEW else TILE
+    few = B * H * splits <= FEW
+    kernel, choices = _attention_step_kernel, WIDE if few else TILE
+    if few and splits == 1 < S <= MOST_WHOLE:
+        kernel, choices = _window_step_kernel, {**WHOLE, "BLOCK_S": 1 << (S - 2).bit_length()}
     if H > G:
         members = max(SMALLEST_MATRIX, 1 << (H // G - 1).bit_length())
         kernel, choices = _grouped_attention_step_kernel, GROUPED[keys.element_size()]
@@ -313,7 +359,7 @@ def attention_step_kernel(
         R=R,
         SPLITS=splits,
         BLOCK_D=block_d,
-        **overlap(q),
+        **overlap(q, reads_state=True),
         **choices,
     )
     if splits > 1:

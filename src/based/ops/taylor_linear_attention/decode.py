@@ -2,10 +2,11 @@
 
 A program streams a head's state through registers in float32, whatever it is stored in.
 With a ring of recent keys and values (the deferred step) the state is only read, and the
-ring is added as the exact quadratic form; a second kernel folds the rings that are full
-into their states. It has its registers to itself, and those of the first decide how many
-programs share a multiprocessor. Each sequence fills its ring in its own time, so that
-every step of a batch is the same two launches.
+ring is added as the exact quadratic form. A ring that is full is folded into its state:
+where heads are few by the program that has read the state, whose end is all that the next
+kernel waits for; where they are many by a second kernel, since registers of the first decide
+how many programs share a multiprocessor. Each sequence fills its ring in its own time, so
+that every step of a batch is the same launches.
 """
 
 from typing import no_type_check
@@ -19,14 +20,14 @@ from torch import Tensor
 from based.ops.kernels import overlap
 from based.ops.overlap import wait_for_previous
 
-# Where a state is written every token; where it is read by many programs, and by few, each
-# of which has a slice of the values in one tile. 132 multiprocessors were measured.
+# Where a state is written every token; where it is read by many programs, and by few, each of
+# which has so many numbers in flight. 132 multiprocessors were measured.
 WRITE = {"BLOCK_F": 16, "STAGES": 4, "num_warps": 4}
-READ_MANY = {"BLOCK_F": 16, "BLOCK_V": 128, "STAGES": 3, "num_warps": 2}
-READ_FEW = {"BLOCK_F": 256, "BLOCK_V": 16, "STAGES": 1, "num_warps": 4}
+READ_MANY, MOST_VALUES = {"BLOCK_F": 16, "STAGES": 3, "num_warps": 2}, 128
+READ_FEW, IN_FLIGHT = {"STAGES": 0, "num_warps": 16}, 32768
 MANY = 512
-# Rows of a state that are folded at a time, and programs that share the work.
-FOLD, FOLD_PROGRAMS = {"BLOCK_F": 32, "num_warps": 4}, 528
+# Features of a state that are folded at a time, and programs that share the work.
+FOLD_FEATURES, FOLD_WARPS, FOLD_PROGRAMS = 32, 4, 528
 
 
 @triton.jit
@@ -52,6 +53,35 @@ def _weight(feature, K: tl.constexpr, SCALE: tl.constexpr):
 
 @triton.jit
 @no_type_check
+def _query_features(
+    q, first, K: tl.constexpr, SCALE: tl.constexpr, F: tl.constexpr, BLOCK_F: tl.constexpr
+):
+    """The query's weighted features from number `first` on."""
+    feature = first + tl.arange(0, BLOCK_F)
+    safe = tl.where(feature < F, feature, 0)
+    return tl.where(feature < F, _feature(q, safe, K) * _weight(safe, K, SCALE), 0.0)
+
+
+@triton.jit
+@no_type_check
+def _features_of_state(
+    numerator,
+    denominator,
+    first,
+    column,
+    V: tl.constexpr,
+    F: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
+    """BLOCK_F features of a head's state from number `first` on, as they are stored."""
+    feature = first + tl.arange(0, BLOCK_F)
+    real, cell = feature < F, feature[:, None] * V + column[None, :]
+    S = tl.load(numerator + cell, mask=real[:, None] & (column < V)[None, :], other=0.0)
+    return S, tl.load(denominator + feature, mask=real, other=0.0)
+
+
+@triton.jit
+@no_type_check
 def _stream(
     q,
     k,
@@ -68,29 +98,87 @@ def _stream(
     STAGES: tl.constexpr,
 ):
     """The query's output and its divisor from the state, to which WRITE adds a key first."""
-    inside = column < V
     # Summed over the rows of the tile once, at the end.
     above = tl.zeros((BLOCK_F, column.shape[0]), tl.float32)
     below = tl.zeros((BLOCK_F,), tl.float32)
     # Several tiles are on their way at a time.
     for first in tl.range(0, F, BLOCK_F, num_stages=STAGES):
-        feature = first + tl.arange(0, BLOCK_F)
-        real = feature < F
-        cell = feature[:, None] * V + column[None, :]
-        present = real[:, None] & inside[None, :]
-        S = tl.load(numerator + cell, mask=present, other=0.0).to(tl.float32)
-        z = tl.load(denominator + feature, mask=real, other=0.0).to(tl.float32)
-        safe = tl.where(real, feature, 0)
+        S, z = _features_of_state(numerator, denominator, first, column, V, F, BLOCK_F)
+        S, z = S.to(tl.float32), z.to(tl.float32)
         if WRITE:
-            phi_k = _feature(k, safe, K)
+            feature = first + tl.arange(0, BLOCK_F)
+            real = feature < F
+            phi_k = _feature(k, tl.where(real, feature, 0), K)
             S += phi_k[:, None] * value[None, :]
             z += phi_k
-            tl.store(numerator + cell, S, mask=present)
+            cell = feature[:, None] * V + column[None, :]
+            tl.store(numerator + cell, S, mask=real[:, None] & (column < V)[None, :])
             tl.store(denominator + feature, z, mask=real)
-        phi_q = tl.where(real, _feature(q, safe, K) * _weight(safe, K, SCALE), 0.0)
+        phi_q = _query_features(q, first, K, SCALE, F, BLOCK_F)
         above += phi_q[:, None] * S
         below += phi_q * z
     return tl.sum(above, axis=0), tl.sum(below)
+
+
+@triton.jit
+@no_type_check
+def _read(
+    q,
+    S,
+    z,
+    numerator,
+    denominator,
+    column,
+    SCALE: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    F: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
+    """The query's output and its divisor from the state, whose first features are S and z."""
+    above, below = tl.zeros((column.shape[0],), tl.float32), 0.0
+    for first in tl.static_range(0, F, BLOCK_F):
+        phi_q = _query_features(q, first, K, SCALE, F, BLOCK_F)
+        above += tl.sum(phi_q[:, None] * S.to(tl.float32), axis=0)
+        below += tl.sum(phi_q * z.to(tl.float32))
+        if first + BLOCK_F < F:
+            next = first + BLOCK_F
+            S, z = _features_of_state(numerator, denominator, next, column, V, F, BLOCK_F)
+    return above, below
+
+
+@triton.jit
+@no_type_check
+def _fold(
+    numerator,
+    denominator,
+    keys,
+    values,
+    first,
+    column,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    F: tl.constexpr,
+    RING: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Adds a head's full ring to BLOCK_F features of its state, from number `first` on."""
+    feature, token = first + tl.arange(0, BLOCK_F), tl.arange(0, BLOCK_R)
+    real, held, inside = feature < F, token < RING, column < V
+    safe = tl.where(real, feature, 0)
+    S, z = numerator + feature[:, None] * V + column[None, :], denominator + feature
+    present = real[:, None] & inside[None, :]
+    phi = _feature(keys + tl.where(held, token, 0)[None, :] * H * K, safe[:, None], K)
+    phi = tl.where(held[None, :], phi, 0.0)
+    cell = values + token[:, None] * H * V + column[None, :]
+    v = tl.load(cell, mask=held[:, None] & inside[None, :], other=0.0).to(tl.float32)
+    # Products in three parts of TensorFloat32: a bfloat16 value is one of them, exactly.
+    added = tl.dot(phi, v, input_precision="tf32x3")
+    tl.store(S, tl.load(S, mask=present, other=0.0).to(tl.float32) + added, mask=present)
+    total = tl.load(z, mask=real, other=0.0).to(tl.float32) + tl.sum(phi, axis=1)
+    tl.store(z, total, mask=real)
 
 
 @triton.jit
@@ -114,6 +202,7 @@ def _taylor_step_kernel(
     V: tl.constexpr,
     F: tl.constexpr,
     RING: tl.constexpr,
+    FOLDED: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -121,6 +210,10 @@ def _taylor_step_kernel(
     STAGES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
+    """With FOLDED features at a time, a program folds the ring that it has filled.
+
+    Without STAGES the state is on its way before the kernel waits.
+    """
     row, head, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     q = q_ptr + row * q_stride + head * K
     k = k_ptr + row * k_stride + head * K
@@ -128,12 +221,7 @@ def _taylor_step_kernel(
     inside, held = column < V, lane < K
     S = numerator_ptr + (row * H + head) * F * V
     z = denominator_ptr + (row * H + head) * F
-    wait_for_previous(OVERLAP)
-    newest = tl.load(v_ptr + row * v_stride + head * V + column, mask=inside, other=0.0)
-    value = newest.to(tl.float32)
-    if RING == 0:
-        above, below = _stream(q, k, value, S, z, column, SCALE, K, V, F, True, BLOCK_F, STAGES)
-    else:
+    if RING > 0:
         # The ring's older tokens, and this one, as pairs; nothing here is read back.
         token = tl.arange(0, BLOCK_R)
         place = (tl.load(seen_ptr + row) % RING).to(tl.int32)
@@ -144,6 +232,14 @@ def _taylor_step_kernel(
         past = tl.load(cell, mask=older[:, None] & held[None, :], other=0.0).to(tl.float32)
         cell = values + token[:, None] * H * V + column[None, :]
         kept = tl.load(cell, mask=older[:, None] & inside[None, :], other=0.0).to(tl.float32)
+    if STAGES == 0:
+        state, norm = _features_of_state(S, z, 0, column, V, F, BLOCK_F)
+    wait_for_previous(OVERLAP)
+    newest = tl.load(v_ptr + row * v_stride + head * V + column, mask=inside, other=0.0)
+    value = newest.to(tl.float32)
+    if RING == 0:
+        above, below = _stream(q, k, value, S, z, column, SCALE, K, V, F, True, BLOCK_F, STAGES)
+    else:
         query = tl.load(q + lane, mask=held, other=0.0).to(tl.float32)
         key = tl.load(k + lane, mask=held, other=0.0)
         tl.store(values + place * H * V + column, newest, mask=inside)
@@ -155,10 +251,21 @@ def _taylor_step_kernel(
         own = 1.0 + s + 0.5 * s * s
         near = tl.sum(a[:, None] * kept, axis=0) + own * value
         near_below = tl.sum(a) + own
-        above, below = _stream(q, k, value, S, z, column, SCALE, K, V, F, False, BLOCK_F, STAGES)
+        if STAGES == 0:
+            above, below = _read(q, state, norm, S, z, column, SCALE, K, V, F, BLOCK_F)
+        else:
+            above, below = _stream(
+                *(q, k, value, S, z, column, SCALE, K, V, F), False, BLOCK_F, STAGES
+            )
         above += near
         below += near_below
     tl.store(out_ptr + (row * H + head) * V + column, above / below, mask=inside)
+    if FOLDED > 0:  # noqa: SIM102 (what is known when compiled, and what is not)
+        if place == RING - 1:
+            # The newest key and value were stored by other threads than now read them.
+            tl.debug_barrier()
+            for first in range(0, F, FOLDED):
+                _fold(S, z, keys, values, first, column, H, K, V, F, RING, FOLDED, BLOCK_R)
 
 
 @triton.jit
@@ -184,8 +291,7 @@ def _fold_kernel(
 ):
     """Adds full rings to their states: the programs share tiles of the rows that have one."""
     TILES: tl.constexpr = (F + BLOCK_F - 1) // BLOCK_F
-    index, column, token = tl.arange(0, BLOCK_B), tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_R)
-    inside, held = column < V, token < RING
+    index, column = tl.arange(0, BLOCK_B), tl.arange(0, BLOCK_V)
     wait_for_previous(OVERLAP)
     place = tl.load(seen_ptr + index, mask=index < rows, other=0) % RING
     full = (place == RING - 1) & (index < rows)
@@ -194,23 +300,11 @@ def _fold_kernel(
     for item in range(tl.program_id(0), count * H * TILES, programs):
         number, head, tile = item // (H * TILES), item // TILES % H, item % TILES
         row = tl.sum(tl.where(full & (order == number + 1), index, 0)).to(tl.int64)
-        feature = tile * BLOCK_F + tl.arange(0, BLOCK_F)
-        real = feature < F
-        safe = tl.where(real, feature, 0)
-        z = denominator_ptr + (row * H + head) * F + feature
-        S = numerator_ptr + (row * H + head) * F * V + feature[:, None] * V + column[None, :]
-        present = real[:, None] & inside[None, :]
+        base = row * H + head
+        S, z = numerator_ptr + base * F * V, denominator_ptr + base * F
         keys = ring_k_ptr + (row * RING * H + head) * K
-        phi = _feature(keys + tl.where(held, token, 0)[None, :] * H * K, safe[:, None], K)
-        phi = tl.where(held[None, :], phi, 0.0)
         values = ring_v_ptr + (row * RING * H + head) * V
-        cell = values + token[:, None] * H * V + column[None, :]
-        v = tl.load(cell, mask=held[:, None] & inside[None, :], other=0.0).to(tl.float32)
-        # Products in three parts of TensorFloat32: a bfloat16 value is one of them, exactly.
-        added = tl.dot(phi, v, input_precision="tf32x3")
-        tl.store(S, tl.load(S, mask=present, other=0.0).to(tl.float32) + added, mask=present)
-        total = tl.load(z, mask=real, other=0.0).to(tl.float32) + tl.sum(phi, axis=1)
-        tl.store(z, total, mask=real)
+        _fold(S, z, keys, values, tile * BLOCK_F, column, H, K, V, F, RING, BLOCK_F, BLOCK_R)
 
 
 def taylor_step_kernel(
@@ -232,9 +326,18 @@ def taylor_step_kernel(
     out = torch.empty((B, H, V), dtype=v.dtype, device=v.device)
     ring = 0 if recent_keys is None else recent_keys.shape[1]
     whole = triton.next_power_of_2(V)
-    tiles = dict(READ_MANY if B * H >= MANY else READ_FEW) if ring else {**WRITE, "BLOCK_V": whole}
-    tiles["BLOCK_V"] = min(tiles["BLOCK_V"], whole)
     sizes = {"H": H, "K": K, "V": V, "F": F, "RING": ring}
+    # Folding is a matrix product, which has at least 16 of everything.
+    wide, long = max(16, whole), max(16, triton.next_power_of_2(max(1, ring)))
+    apart = B * H >= MANY
+    if not ring:
+        tiles = {**WRITE, "BLOCK_V": whole, "BLOCK_R": 1, "FOLDED": 0}
+    elif apart:
+        tiles = {**READ_MANY, "BLOCK_V": min(MOST_VALUES, whole), "BLOCK_R": long, "FOLDED": 0}
+    else:
+        features = min(triton.next_power_of_2(F), IN_FLIGHT // wide)
+        tiles = {**READ_FEW, "BLOCK_F": features, "BLOCK_V": wide}
+        tiles |= {"BLOCK_R": long, "FOLDED": FOLD_FEATURES}
     _taylor_step_kernel[(B, H, triton.cdiv(V, tiles["BLOCK_V"]))](
         q,
         k,
@@ -251,13 +354,12 @@ def taylor_step_kernel(
         v.stride(0),
         SCALE=K**-0.5,
         BLOCK_K=triton.next_power_of_2(K),
-        BLOCK_R=triton.next_power_of_2(ring) if ring else 1,
         **sizes,
-        **overlap(q),
+        **overlap(q, reads_state=ring > 0),
         **tiles,
     )
-    if ring:
-        items = B * H * triton.cdiv(F, FOLD["BLOCK_F"])
+    if ring and apart:
+        items = B * H * triton.cdiv(F, FOLD_FEATURES)
         programs = min(items, FOLD_PROGRAMS)
         _fold_kernel[(programs,)](
             numerator,
@@ -267,12 +369,12 @@ def taylor_step_kernel(
             seen,
             B,
             programs,
-            # A matrix product has at least 16 of everything.
-            BLOCK_V=max(16, whole),
-            BLOCK_R=max(16, triton.next_power_of_2(ring)),
+            BLOCK_F=FOLD_FEATURES,
+            BLOCK_V=wide,
+            BLOCK_R=long,
             BLOCK_B=triton.next_power_of_2(B),
             **sizes,
             **overlap(q),
-            **FOLD,
+            num_warps=FOLD_WARPS,
         )
     return out

@@ -130,7 +130,7 @@ def decoding() -> None:
         step = DecodeStep(model, state, [rows], model.step, graphs=False)
         samplings = [Sampling(0.0), Sampling(top_k=7, top_p=0.9, seed=1), *[Sampling()] * rows]
         options = sampling_rows(samplings[:rows], [0] * rows, config.vocab_size, step.tokens.device)
-        step.set_rows(range(rows), torch.arange(rows), options)
+        step.set_rows(range(rows), torch.arange(rows, device=DEVICE), options)
         found = [step.run(rows).logprobs.clone() for _ in range(9)]
         if torch.stack(found).isnan().any():
             raise SystemExit(f"NaN in a step of {rows} rows in {dtype}")

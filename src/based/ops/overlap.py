@@ -6,6 +6,13 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
+def let_next_start(OVERLAP: tl.constexpr):
+    """For a kernel that reads before it waits: what is asked for first delays the next kernel."""
+    if OVERLAP:
+        gdc_launch_dependents()
+
+
+@triton.jit
 def wait_for_previous(OVERLAP: tl.constexpr):
     """Lets the next kernel start, then waits until the one before has ended and is visible.
 

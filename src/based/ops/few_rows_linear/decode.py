@@ -15,7 +15,7 @@ from torch import Tensor
 
 from based.ops.few_rows_linear.weights import rows_of
 from based.ops.kernels import overlap
-from based.ops.overlap import wait_for_previous
+from based.ops.overlap import let_next_start, wait_for_previous
 from based.ops.tensor_core import INTERPRETED
 
 # Bytes of W that a program holds, all in flight at once, and its warps: with a norm, without,
@@ -124,6 +124,7 @@ def _linear_kernel(
     BLOCK_W: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
+    let_next_start(OVERLAP)
     program = tl.program_id(0)
     n, lane = program * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_C)
     if SCALED:

@@ -16,13 +16,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from based.ops.kernels import overlap
-from based.ops.overlap import wait_for_previous
+from based.ops.overlap import let_next_start, wait_for_previous
 from based.ops.tensor_core import dot, dot_add
 
 TILE = {"BLOCK_S": 16, "STAGES": 3, "num_warps": 2}
 # Where programs are few, and where one of them holds a whole window: of so many slots.
 WIDE, FEW = {"BLOCK_S": 32, "STAGES": 3, "num_warps": 4}, 64
-WHOLE, MOST_WHOLE = {"num_warps": 8}, 129
+WHOLE, MOST_WHOLE = {"num_warps": 4}, 129
 # Where several queries share their keys; by bytes of a cached number.
 GROUPED = {size: {"BLOCK_S": 128 // size, "STAGES": 2, "num_warps": 4} for size in (2, 4)}
 # Rows of the smallest matrix that matrix units multiply.
@@ -123,6 +123,7 @@ def _window_step_kernel(
     """All slots in one tile, which is on its way before the kernel waits."""
     row, head, lane = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, BLOCK_D)
     inside = lane < D
+    let_next_start(OVERLAP)
     place, past, own, other = _place(seen_ptr, frequencies, row, slots, lane, R)
     base = row * slots * (G * D) + head * D
     k, v, real = _tile(keys_ptr, values_ptr, 0, past, place, base, lane, G, D, BLOCK_S)
@@ -172,11 +173,11 @@ def _attention_step_kernel(
     row, head, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     lane = tl.arange(0, BLOCK_D)
     inside = lane < D
+    wait_for_previous(OVERLAP)
     place, past, own, other = _place(seen_ptr, frequencies, row, slots, lane, R)
     base = row * slots * (G * D) + head * D
     share = tl.cdiv(past, SPLITS)
     begin, end = part * share, tl.minimum(part * share + share, past)
-    wait_for_previous(OVERLAP)
     key = _rotated(k_ptr + row * k_stride + head * D, lane, own, other, D, R)
     key = key.to(keys_ptr.dtype.element_ty)
     value = tl.load(v_ptr + row * v_stride + head * D + lane, mask=inside, other=0.0)
@@ -245,9 +246,9 @@ def _grouped_attention_step_kernel(
     row, owner, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     lane, member = tl.arange(0, BLOCK_D), tl.arange(0, MEMBERS)
     inside, head = lane < D, owner * GROUP + tl.minimum(member, GROUP - 1)
+    wait_for_previous(OVERLAP)
     place, past, own, other = _place(seen_ptr, frequencies, row, slots, lane, R)
     base = row * slots * (G * D) + owner * D
-    wait_for_previous(OVERLAP)
     key = _rotated(k_ptr + row * k_stride + owner * D, lane, own, other, D, R)
     key = key.to(keys_ptr.dtype.element_ty)
     value = tl.load(v_ptr + row * v_stride + owner * D + lane, mask=inside, other=0.0)
@@ -359,7 +360,7 @@ def attention_step_kernel(
         R=R,
         SPLITS=splits,
         BLOCK_D=block_d,
-        **overlap(q, reads_state=True),
+        **overlap(q, reads_state=kernel is _window_step_kernel),
         **choices,
     )
     if splits > 1:

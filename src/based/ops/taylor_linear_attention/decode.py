@@ -18,13 +18,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from based.ops.kernels import overlap
-from based.ops.overlap import wait_for_previous
+from based.ops.overlap import let_next_start, wait_for_previous
 
 # Where a state is written every token; where it is read by many programs, and by few, each of
 # which has so many numbers in flight. 132 multiprocessors were measured.
 WRITE = {"BLOCK_F": 16, "STAGES": 4, "num_warps": 4}
 READ_MANY, MOST_VALUES = {"BLOCK_F": 16, "STAGES": 3, "num_warps": 2}, 128
-READ_FEW, IN_FLIGHT = {"STAGES": 0, "num_warps": 16}, 32768
+READ_FEW, IN_FLIGHT = {"STAGES": 0, "num_warps": 8}, 32768
 MANY = 512
 # Features of a state that are folded at a time, and programs that share the work.
 FOLD_FEATURES, FOLD_WARPS, FOLD_PROGRAMS = 32, 4, 528
@@ -221,6 +221,9 @@ def _taylor_step_kernel(
     inside, held = column < V, lane < K
     S = numerator_ptr + (row * H + head) * F * V
     z = denominator_ptr + (row * H + head) * F
+    let_next_start(OVERLAP)
+    if STAGES > 0:
+        wait_for_previous(OVERLAP)
     if RING > 0:
         # The ring's older tokens, and this one, as pairs; nothing here is read back.
         token = tl.arange(0, BLOCK_R)
@@ -234,7 +237,7 @@ def _taylor_step_kernel(
         kept = tl.load(cell, mask=older[:, None] & inside[None, :], other=0.0).to(tl.float32)
     if STAGES == 0:
         state, norm = _features_of_state(S, z, 0, column, V, F, BLOCK_F)
-    wait_for_previous(OVERLAP)
+        wait_for_previous(OVERLAP)
     newest = tl.load(v_ptr + row * v_stride + head * V + column, mask=inside, other=0.0)
     value = newest.to(tl.float32)
     if RING == 0:
@@ -355,7 +358,7 @@ def taylor_step_kernel(
         SCALE=K**-0.5,
         BLOCK_K=triton.next_power_of_2(K),
         **sizes,
-        **overlap(q, reads_state=ring > 0),
+        **overlap(q, reads_state=ring > 0 and not apart),
         **tiles,
     )
     if ring and apart:

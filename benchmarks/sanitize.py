@@ -114,7 +114,7 @@ def decoding() -> None:
     config = DecoderConfig(
         vocab_size=61,
         hidden_size=192,
-        intermediate_size=64,
+        intermediate_size=128,
         mixers=("gated_convolution", linear, window, "softmax_attention"),
         mixer_options={
             linear: {"num_heads": 3, "feature_dim": 8},

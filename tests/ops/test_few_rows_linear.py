@@ -86,9 +86,13 @@ def test_a_plain_product_counts_the_token() -> None:
     assert counter.tolist() == [6, 1, 2**40 + 1]
 
 
-def test_weights_larger_than_a_program_s_registers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode, "PLAIN", (8, 4))
-    layer, x = nn.Linear(48, 5, bias=False).to(DEVICE), draw(2, 48)
+@pytest.mark.parametrize("rows", [1, 2])
+def test_weights_larger_than_a_program_s_registers(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decode, "MOST", 8)
+    monkeypatch.setattr(decode, "SEVERAL", 8)
+    layer, x = nn.Linear(48, 5, bias=False).to(DEVICE), draw(rows, 48)
     close(few_rows_linear.linear(x, layer), F.linear(x.double(), layer.weight.double()), 2e-6)
 
 

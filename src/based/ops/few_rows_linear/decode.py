@@ -18,9 +18,10 @@ from based.ops.kernels import overlap
 from based.ops.overlap import let_next_start, wait_for_previous
 from based.ops.tensor_core import INTERPRETED
 
-# Bytes of W that a program holds, all in flight at once, and its warps: with a norm, without,
-# and without for a single row of over 2048 channels.
-NORMED, PLAIN, LONG = (32768, 4), (32768, 8), (65536, 4)
+# Rows of W that a program holds for a single row of x, all in flight at once, and its warps.
+SINGLE, WARPS = 8, 4
+# Numbers of W that a program holds at most; for several rows, and their warps without a norm.
+MOST, SEVERAL, PLAIN_WARPS = 32768, 16384, 8
 
 
 @triton.jit
@@ -223,11 +224,13 @@ def linear_kernel(
     total = x if branch is None else torch.empty_like(x)
     out = torch.empty((rows, N), dtype=weights[0].dtype, device=x.device)
     block_c, width = triton.next_power_of_2(C), 0 if taps is None else taps.shape[1]
-    plain = LONG if rows == 1 and block_c > 2048 else PLAIN
-    tile, warps = plain if norm is None else NORMED
     # Eight-bit numbers become float32 in registers, of which as many as of bfloat16 fit.
-    size = max(2, three[0].element_size())
-    block_n = max(1, tile // size // block_c // (2 if gated else 1))
+    wide = max(2, three[0].element_size()) // 2
+    if rows == 1:
+        held, warps = min(SINGLE, MOST // wide // block_c), WARPS
+    else:
+        held, warps = SEVERAL // wide // block_c, WARPS if norm is not None else PLAIN_WARPS
+    block_n = max(1, held // (2 if gated else 1))
     while second % block_n or third % block_n:
         block_n //= 2
     _linear_kernel[(triton.cdiv(N, block_n),)](

@@ -91,7 +91,7 @@ def test_weights_larger_than_a_program_s_registers(
     rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(decode, "MOST", 8)
-    monkeypatch.setattr(decode, "SEVERAL", 8)
+    monkeypatch.setattr(decode, "MOST_OF_SEVERAL", 8)
     layer, x = nn.Linear(48, 5, bias=False).to(DEVICE), draw(rows, 48)
     close(few_rows_linear.linear(x, layer), F.linear(x.double(), layer.weight.double()), 2e-6)
 

@@ -18,10 +18,9 @@ from based.ops.kernels import overlap
 from based.ops.overlap import let_next_start, wait_for_previous
 from based.ops.tensor_core import INTERPRETED
 
-# Rows of W that a program holds for a single row of x, all in flight at once, and its warps.
-SINGLE, WARPS = 8, 4
-# Numbers of W that a program holds at most; for several rows, and their warps without a norm.
-MOST, SEVERAL, PLAIN_WARPS = 32768, 16384, 8
+# Rows of W that a program holds, all in flight at once, and its warps; and how many numbers at
+# most, for a single row of x and for several.
+HELD, WARPS, MOST, MOST_OF_SEVERAL = 8, 4, 32768, 16384
 
 
 @triton.jit
@@ -225,12 +224,8 @@ def linear_kernel(
     out = torch.empty((rows, N), dtype=weights[0].dtype, device=x.device)
     block_c, width = triton.next_power_of_2(C), 0 if taps is None else taps.shape[1]
     # Eight-bit numbers become float32 in registers, of which as many as of bfloat16 fit.
-    wide = max(2, three[0].element_size()) // 2
-    if rows == 1:
-        held, warps = min(SINGLE, MOST // wide // block_c), WARPS
-    else:
-        held, warps = SEVERAL // wide // block_c, WARPS if norm is not None else PLAIN_WARPS
-    block_n = max(1, held // (2 if gated else 1))
+    most = (MOST if rows == 1 else MOST_OF_SEVERAL) // (max(2, three[0].element_size()) // 2)
+    block_n = max(1, min(HELD, most // block_c) // (2 if gated else 1))
     while second % block_n or third % block_n:
         block_n //= 2
     _linear_kernel[(triton.cdiv(N, block_n),)](
@@ -263,6 +258,6 @@ def linear_kernel(
         BLOCK_R=triton.next_power_of_2(rows),
         BLOCK_W=triton.next_power_of_2(max(1, width)),
         **overlap(x),
-        num_warps=warps,
+        num_warps=WARPS,
     )
     return total, out

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from based.recall.results import Row, best_rows, by_configuration, configuration, frontier
+from based.recall.results import Row, by_configuration, configuration, frontier
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,15 +53,14 @@ def draw(rows: Sequence[Row], path: Path, beside_published: bool = True) -> list
     """
     from matplotlib.figure import Figure
 
-    best = best_rows(rows)
     counted = [row for row in rows if beside_published and row.get("paper_bytes") is not None]
     figure = Figure(figsize=(14, 5.6) if counted else (8, 5.2), layout="constrained")
     axes = figure.subplots(1, 2 if counted else 1, sharey=True, squeeze=False)[0]
     _scatter(axes[0], rows, "state_bytes")
-    edge = frontier(best)
+    edge = [line for line in table(rows) if line["on_frontier"]]
     axes[0].step(
-        [row["state_bytes"] for row in edge],
-        [row["accuracy"] for row in edge],
+        [line["state_bytes"] for line in edge],
+        [line["accuracy"] for line in edge],
         where="post",
         color="0.75",
         zorder=0,

@@ -7,7 +7,7 @@ from torch import Tensor
 from based.generation import Engine, EngineConfig, Sampling
 from based.mixers.mamba import Mamba
 from based.models import Decoder, DecoderConfig
-from based.ops import elementwise, elementwise_decode
+from based.ops import elementwise, elementwise_decode, kernels
 from based.ops.gated_short_convolution.decode import convolution_step_kernel
 from based.ops.gated_short_convolution.reference import gated_short_convolution_reference
 from based.ops.rotary import inverse_frequencies, rotate
@@ -115,6 +115,20 @@ def test_a_full_ring_folds_its_row_alone() -> None:
     for now, then in zip(state, before, strict=True):
         assert (now[0] != then[0]).any()
         assert torch.equal(now[1], then[1])
+
+
+class OnGpu(Tensor):
+    is_cuda = True
+
+
+def test_state_is_read_before_the_wait_in_a_step_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    x = torch.zeros(1).as_subclass(OnGpu)
+    assert kernels.overlap(x)["OVERLAP"]
+    assert not kernels.overlap(x, reads_state=True)["OVERLAP"]
+    with kernels.one_step():
+        assert kernels.overlap(x, reads_state=True)["OVERLAP"]
+    assert not kernels.overlap(x, reads_state=True)["OVERLAP"]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -94,9 +94,9 @@ def test_a_step_that_waits_is_found(launches: Launches) -> None:
 
 
 def test_a_step_of_one_row_is_few_launches(launches: Launches) -> None:
-    """Two a convolution layer and two an MLP, three an attention layer, four around them."""
+    """Two a convolution layer and two an MLP, three an attention layer, five around them."""
     nodes = step_nodes("based-1.3b", 1, launches)
-    assert nodes.total() == 22 * 2 + 7 * 4 + 7 * 3 + 36 * 2 + 5, nodes
+    assert nodes.total() == 22 * 2 + 14 * 3 + 36 * 2 + 5, nodes
     assert nodes["_linear_kernel"] == 22 * 2 + 14 * 2 + 36 * 2 + 1
     assert f"{nodes.total()} kernels\na token" in PAGE.read_text()
 

@@ -7,6 +7,7 @@ what it remembers between calls is a `DecoderState`, one mixer state a layer.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -274,8 +275,8 @@ class Decoder(nn.Module):
     def _step_blocks(self, tokens: Tensor, state: DecoderState) -> Residual:
         x, branch = self._embed(tokens), None
         step = self._step_block if len(tokens) > self._compiled_above else Block.step
-        # The embedding is an ordinary launch.
-        with one_step():
+        # The embedding is an ordinary launch. A compiled step has launches of its own.
+        with nullcontext() if torch.compiler.is_compiling() else one_step():
             for block, layer_state in zip(self.blocks, state, strict=True):
                 assert isinstance(block, Block)
                 x, branch = step(block, x, branch, layer_state)

@@ -1,5 +1,6 @@
 """When the Triton kernels are used, and how they follow each other."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -18,7 +19,7 @@ OVERLAP = True
 HOPPER = True
 # Bytes of shared memory that no kernel takes.
 ENOUGH = 1 << 20
-_in_step = False
+_thread = threading.local()
 
 
 def use_kernels(x: Tensor) -> bool:
@@ -54,14 +55,17 @@ def shared_memory(device: torch.device) -> int:
 def one_step() -> Iterator[None]:
     """A decode step, which begins with an ordinary launch and touches every state once.
 
-    Within, kernels may read their state while the kernel before them still runs.
+    Within, this thread's kernels may read their state while the one before them still runs.
     """
-    global _in_step
-    before, _in_step = _in_step, True
+    before, _thread.in_step = _in_step(), True
     try:
         yield
     finally:
-        _in_step = before
+        _thread.in_step = before
+
+
+def _in_step() -> bool:
+    return getattr(_thread, "in_step", False)
 
 
 def overlap(x: Tensor, *, reads_state: bool = False) -> dict[str, bool]:
@@ -72,7 +76,7 @@ def overlap(x: Tensor, *, reads_state: bool = False) -> dict[str, bool]:
     waits overlaps others only in a step, where none of them writes that.
     """
     able = OVERLAP and x.is_cuda and not torch.compiler.is_compiling()
-    able = able and (_in_step or not reads_state)
+    able = able and (_in_step() or not reads_state)
     if able and torch.cuda.get_device_capability(x.device)[0] >= 9:
         return {"OVERLAP": True, "launch_pdl": True}
     return {"OVERLAP": False}

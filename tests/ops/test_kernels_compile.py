@@ -25,7 +25,7 @@ GROUPS = (
 
 
 # These take longest: `make soak` compiles them for Ampere.
-LONGEST = ("decode", "window")
+LONGEST = ("decode", "window", "recurrence", "taylor-16-128-float32", "taylor-16-64-float32")
 CASES = [
     pytest.param(group, capability, marks=[pytest.mark.soak] if long else [])
     for group in GROUPS

@@ -10,10 +10,10 @@ past its end is seen. Tests compare numbers; here only NaNs end the run.
 
 Triton has each thread that holds a sum write it to shared memory, where copies differ in
 their last bit: racecheck reports these (triton-lang/triton issue 7264). Writes of one
-instruction are counted beside errors, as `same_store`. memcheck and synccheck break kernels
-that spill registers, as most of `taylor-K` do: a kernel's results become NaNs, or it jumps to
-nowhere, under no other tool and under none. They watch what ptxas makes of the same program
-without optimising, whose results are the same bits (docs/kernels.md).
+instruction are counted beside errors, as `same_store`. memcheck and synccheck seem to break
+kernels that spill registers, as most of `taylor-K` do: results become NaNs, or a kernel jumps
+to nowhere, under no other tool. They watch what ptxas makes of the same program without
+optimising (docs/kernels.md says what was compared).
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ from benchmarks.rows import add_row
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LENGTH, HEADS = 333, 3
+# Tools under which kernels run as assembled without optimising; see above.
 BREAK_SPILLS = ("memcheck", "synccheck")
 TOOLS = ("memcheck", "initcheck", "racecheck", "synccheck")
 PARTS = ("hopper", "taylor-8", "taylor-16", "taylor-24", "taylor-32", "mixers", "decoding")

@@ -23,8 +23,6 @@ from based.ops.tensor_core import dot_add
 # Channels of a step, rows of W of a program, most parts, and programs that a Hopper GPU runs
 # side by side.
 LANES, TILES, MOST_PARTS, PROGRAMS = 64, (64, 32), 8, 132
-# Rows of the smallest tile.
-FEWEST = 16
 # Steps in flight: where shared memory holds six, and elsewhere.
 DEEP, SHALLOW = {"STAGES": 6, "num_warps": 4}, {"STAGES": 3, "num_warps": 4}
 
@@ -212,7 +210,7 @@ def _launch(
         GATED=rows_of_w > N,
         WIDTH=0 if taps is None else taps.shape[1],
         COUNT=counter is not None,
-        BLOCK_R=max(FEWEST, triton.next_power_of_2(rows)),
+        BLOCK_R=max(16, triton.next_power_of_2(rows)),
         BLOCK_N=division.outputs,
         BLOCK_C=LANES,
         **overlap(x),

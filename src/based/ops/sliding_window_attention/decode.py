@@ -72,6 +72,28 @@ def _place(seen_ptr, frequencies, row, slots, lane, R: tl.constexpr):
 
 @triton.jit
 @no_type_check
+def _new_token(
+    k_ptr,
+    v_ptr,
+    row,
+    head,
+    k_stride,
+    v_stride,
+    lane,
+    own,
+    other,
+    dtype: tl.constexpr,
+    D: tl.constexpr,
+    R: tl.constexpr,
+):
+    """Its key, rotated as the cache stores it, and value."""
+    key = _rotated(k_ptr + row * k_stride + head * D, lane, own, other, D, R)
+    value = tl.load(v_ptr + row * v_stride + head * D + lane, mask=lane < D, other=0.0)
+    return key.to(dtype), value
+
+
+@triton.jit
+@no_type_check
 def _tile(
     keys_ptr,
     values_ptr,
@@ -128,9 +150,10 @@ def _window_step_kernel(
     base = row * slots * (G * D) + head * D
     k, v, real = _tile(keys_ptr, values_ptr, 0, past, place, base, lane, G, D, BLOCK_S)
     wait_for_previous(OVERLAP)
-    key = _rotated(k_ptr + row * k_stride + head * D, lane, own, other, D, R)
-    key = key.to(keys_ptr.dtype.element_ty)
-    value = tl.load(v_ptr + row * v_stride + head * D + lane, mask=inside, other=0.0)
+    key, value = _new_token(
+        *(k_ptr, v_ptr, row, head, k_stride, v_stride, lane, own, other),
+        *(keys_ptr.dtype.element_ty, D, R),
+    )
     query = _rotated(q_ptr + row * q_stride + head * D, lane, own, other, D, R) * SCALE
     tl.store(keys_ptr + base + place * (G * D) + lane, key, mask=inside)
     tl.store(values_ptr + base + place * (G * D) + lane, value, mask=inside)
@@ -178,9 +201,10 @@ def _attention_step_kernel(
     base = row * slots * (G * D) + head * D
     share = tl.cdiv(past, SPLITS)
     begin, end = part * share, tl.minimum(part * share + share, past)
-    key = _rotated(k_ptr + row * k_stride + head * D, lane, own, other, D, R)
-    key = key.to(keys_ptr.dtype.element_ty)
-    value = tl.load(v_ptr + row * v_stride + head * D + lane, mask=inside, other=0.0)
+    key, value = _new_token(
+        *(k_ptr, v_ptr, row, head, k_stride, v_stride, lane, own, other),
+        *(keys_ptr.dtype.element_ty, D, R),
+    )
     query = _rotated(q_ptr + row * q_stride + head * D, lane, own, other, D, R) * SCALE
     # Row r of a tile keeps a softmax of its own over slots r, r + BLOCK_S, ...; rows are
     # joined once, at the end.
@@ -249,9 +273,10 @@ def _grouped_attention_step_kernel(
     wait_for_previous(OVERLAP)
     place, past, own, other = _place(seen_ptr, frequencies, row, slots, lane, R)
     base = row * slots * (G * D) + owner * D
-    key = _rotated(k_ptr + row * k_stride + owner * D, lane, own, other, D, R)
-    key = key.to(keys_ptr.dtype.element_ty)
-    value = tl.load(v_ptr + row * v_stride + owner * D + lane, mask=inside, other=0.0)
+    key, value = _new_token(
+        *(k_ptr, v_ptr, row, owner, k_stride, v_stride, lane, own, other),
+        *(keys_ptr.dtype.element_ty, D, R),
+    )
     queries = q_ptr + row * q_stride + head[:, None] * D
     query = _rotated(queries, lane[None, :], own[None, :], other[None, :], D, R)
     query = query.to(keys_ptr.dtype.element_ty)

@@ -26,10 +26,11 @@ from based.ops.rotary import frequencies_on
 from based.ops.sliding_window_attention import attention_step
 from based.ops.taylor_linear_attention import (
     num_features,
+    split_halves,
     taylor_linear_attention_deferred_step,
     taylor_linear_attention_step,
 )
-from benchmarks.state_error import step_errors
+from benchmarks.state_error import Stored, step_errors
 from benchmarks.timing import copy_rate, matmul_rate, median_device_seconds
 
 # based-1.3b and based-360m.
@@ -69,11 +70,18 @@ def layer_bytes(layer: State, context: int) -> float:
             total += size * (min(context, slots) + 1) / slots
         elif name in ("numerator", "denominator") and "recent_keys" in layer:
             total += size * (1 + 1 / layer["recent_keys"].shape[1])
+        elif name == "numerator_halves":
+            total += size * halved_share(layer["recent_keys"].shape[1])
         elif name in ("recent_keys", "recent_values"):
             total += size / 2
         else:
             total += 2 * size
     return total
+
+
+def halved_share(recent: int) -> float:
+    """Of a numerator's bytes: the upper half each token, and all when a ring is folded."""
+    return 0.5 + 1.5 / recent
 
 
 Cells = Iterator[tuple[dict[str, Any], Callable[[], dict[str, Any]]]]
@@ -112,14 +120,17 @@ def _taylor(batch: int, V: int, dtype: torch.dtype, recent: int) -> Made:
         torch.rand(batch, HEADS, num_features(K), V),
         torch.ones(batch, HEADS, num_features(K)),
     ]
-    moved = 2.0 * sum(x.nbytes for x in state)
     if not recent:
+        moved = 2.0 * sum(x.nbytes for x in state)
         return lambda: taylor_linear_attention_step(q, k, v, *state), moved
     ring = [torch.randn(batch, recent, HEADS, D, dtype=dtype) for D in (K, V)]
     # Rows fill their rings at different times, as in a busy engine.
     seen = torch.arange(batch)
-    moved = moved / 2 * (1 + 1 / recent) + sum(x.nbytes for x in ring) / 2
     S, z = state
+    moved = S.nbytes * (1 + 1 / recent)
+    if dtype == torch.bfloat16:
+        moved, S = S.nbytes * halved_share(recent), split_halves(S)
+    moved += z.nbytes * (1 + 1 / recent) + sum(x.nbytes for x in ring) / 2
     ring_k, ring_v = ring
     return lambda: taylor_linear_attention_deferred_step(q, k, v, S, z, ring_k, ring_v, seen), moved
 
@@ -172,12 +183,16 @@ FEW_ROWS: dict[str, Callable[[int, int, torch.dtype], Made]] = {
 
 def state_cells(marks: tuple[int, ...], device: torch.device) -> Cells:
     """Error of stored states after so many tokens; see `state_error`."""
-    for dtype in (torch.float32, torch.bfloat16):
-        for recent in (0, RECENT):
-            key = {"stored": str(dtype).removeprefix("torch."), "recent": recent}
+    kinds: list[tuple[Stored, int]] = [
+        *(("float32", recent) for recent in (0, RECENT)),
+        *(("bfloat16", recent) for recent in (0, RECENT)),
+        ("halves", RECENT),
+    ]
 
-            def measure(dtype=dtype, recent=recent) -> dict[str, Any]:
-                errors = step_errors(sorted(marks), dtype, recent, str(device))
-                return {"tokens": sorted(marks), "errors": errors}
+    def measure(stored: Stored, recent: int) -> dict[str, Any]:
+        errors = step_errors(sorted(marks), stored, recent, str(device))
+        return {"tokens": sorted(marks), "errors": errors}
 
-            yield {**key, "last": max(marks)}, measure
+    for stored, recent in kinds:
+        key = {"stored": stored, "recent": recent, "last": max(marks)}
+        yield key, partial(measure, stored, recent)

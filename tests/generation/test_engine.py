@@ -296,8 +296,9 @@ def test_a_wrong_decode_step_is_refused_at_the_start(monkeypatch) -> None:
         Engine(model, config())
 
 
-def test_rows_leave_and_enter_a_pool_whole() -> None:
-    model = make()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_leave_and_enter_a_pool_whole(dtype: torch.dtype) -> None:
+    model = make(dtype=dtype)
     pool = StatePool(model, 3, 0, 4)
     with torch.no_grad():
         _, state = model(torch.tensor([prompt(9), prompt(9, 1)]), model.init_state(2))
@@ -308,4 +309,5 @@ def test_rows_leave_and_enter_a_pool_whole() -> None:
     assert pool.acquire() == 1
     for row, index in ((0, 1), (2, 0)):
         for layer, given in zip(pool.canonical(row), state, strict=True):
+            assert layer.keys() == given.keys()
             assert all(torch.equal(layer[name][0], given[name][index]) for name in given)

@@ -28,6 +28,7 @@ TYPES = {
     torch.float16: "fp16",
     torch.int64: "i64",
     torch.int32: "i32",
+    torch.int16: "i16",
     torch.int8: "i8",
     torch.float8_e4m3fn: "fp8e4nv",
 }

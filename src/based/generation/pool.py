@@ -56,7 +56,9 @@ class StatePool:
         States that grow may have less room there: what is beyond becomes zeros.
         """
         index = to_device(torch.tensor(list(rows)), self._model.device)
-        for layer, given in zip(self.state, states, strict=True):
+        for mixer, layer, given in zip(self._model.mixers(), self.state, states, strict=True):
+            if not layer.keys() <= given.keys():
+                given = mixer.defer(given)
             for name, tensor in layer.items():
                 if name not in given:
                     tensor.index_fill_(0, index, 0)

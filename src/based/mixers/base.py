@@ -133,9 +133,14 @@ class Mixer(nn.Module, ABC):
     def decode_spec(self, length: int, dtype: torch.dtype, recent: int) -> dict[str, TensorSpec]:
         """`state_spec`, and what `step` needs to defer updates by up to `recent` tokens.
 
-        Overridden where that makes decoding faster; `settle` then catches up.
+        Overridden where that makes decoding faster; `defer` then enters that form, and `settle`
+        leaves it.
         """
         return self.state_spec(length, dtype)
+
+    def defer(self, state: State) -> State:
+        """A canonical state with the tensors of `decode_spec`; those missing begin as zeros."""
+        return state
 
     def settle(self, state: State) -> None:
         """Gives the tensors of `state_spec` their canonical values, in place."""

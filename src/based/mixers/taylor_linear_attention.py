@@ -10,7 +10,9 @@ from based.ops.elementwise import Residual
 from based.ops.few_rows_linear import linear, norm_linears
 from based.ops.taylor_linear_attention import (
     fold_recent,
+    join_halves,
     num_features,
+    split_halves,
     state_dtype,
     taylor_linear_attention,
     taylor_linear_attention_deferred_step,
@@ -71,6 +73,9 @@ class TaylorLinearAttention(Mixer):
 
     def decode_spec(self, length: int, dtype: torch.dtype, recent: int) -> dict[str, TensorSpec]:
         spec = self.state_spec(length, dtype)
+        if recent and dtype == torch.bfloat16:
+            heads, *shape = spec.pop("numerator").shape
+            spec["numerator_halves"] = TensorSpec((heads, 2, *shape), torch.int16)
         if recent:
             ring = (recent, self.num_heads)
             spec["recent_keys"] = TensorSpec((*ring, self.feature_dim))
@@ -78,12 +83,19 @@ class TaylorLinearAttention(Mixer):
             spec["seen"] = TensorSpec((), torch.long)
         return spec
 
+    def defer(self, state: State) -> State:
+        if self.q_proj.weight.dtype != torch.bfloat16:
+            return state
+        return State(**state, numerator_halves=split_halves(state["numerator"]))
+
     def settle(self, state: State) -> None:
         if "seen" in state:
             keys, values = state["recent_keys"], state["recent_values"]
             held = state["seen"] % keys.shape[1]
-            fold_recent(state["numerator"], state["denominator"], keys, values, held)
+            fold_recent(_numerator(state), state["denominator"], keys, values, held)
             state["seen"].zero_()
+        if "numerator_halves" in state:
+            state["numerator"] = join_halves(state.pop("numerator_halves"))
 
     def step(self, x: Float[Tensor, "B C"], state: State) -> Float[Tensor, "B C"]:
         out = self._step(self._project(x), state)
@@ -100,9 +112,11 @@ class TaylorLinearAttention(Mixer):
 
     def _step(self, qkv: tuple[Tensor, Tensor, Tensor], state: State) -> Tensor:
         """What the heads give, side by side; `seen` is not advanced."""
-        deferred = "seen" in state
-        step = taylor_linear_attention_deferred_step if deferred else taylor_linear_attention_step
-        return step(*qkv, **state).flatten(-2)
+        kept = _numerator(state), state["denominator"]
+        if "seen" not in state:
+            return taylor_linear_attention_step(*qkv, *kept).flatten(-2)
+        ring = state["recent_keys"], state["recent_values"], state["seen"]
+        return taylor_linear_attention_deferred_step(*qkv, *kept, *ring).flatten(-2)
 
     def segment_state(self, x: Float[Tensor, "B T C"], position: int) -> State:
         _, k, v = self._project(x)
@@ -122,3 +136,8 @@ class TaylorLinearAttention(Mixer):
     def _split(self, qkv: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = (y.unflatten(-1, (self.num_heads, -1)) for y in qkv)
         return q, k, v
+
+
+def _numerator(state: State) -> Tensor:
+    """As a step stores it."""
+    return state["numerator_halves" if "numerator_halves" in state else "numerator"]

@@ -2,6 +2,8 @@
 
 from based.ops.precision import state_dtype
 from based.ops.taylor_linear_attention.features import num_features
+from based.ops.taylor_linear_attention.halves import join as join_halves
+from based.ops.taylor_linear_attention.halves import split as split_halves
 from based.ops.taylor_linear_attention.operator import (
     taylor_linear_attention,
     taylor_linear_attention_outputs,
@@ -14,7 +16,9 @@ from based.ops.taylor_linear_attention.step import (
 
 __all__ = [
     "fold_recent",
+    "join_halves",
     "num_features",
+    "split_halves",
     "state_dtype",
     "taylor_linear_attention",
     "taylor_linear_attention_deferred_step",

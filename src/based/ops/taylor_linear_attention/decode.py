@@ -1,6 +1,7 @@
 """One token as one pass over the packed state: update, read-out and normalisation together.
 
-A program streams a head's state through registers in float32, whatever it is stored in.
+A program streams a head's state through registers in float32, whatever it is stored in:
+of a numerator in halves (`halves.py`) the upper ones, all but when it folds.
 With a ring of recent keys and values (the deferred step) the state is only read, and the
 ring is added as the exact quadratic form. A ring that is full is folded into its state:
 where heads are few by the program that has read the state, whose end is all that the next
@@ -14,20 +15,24 @@ from typing import no_type_check
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Int16
 from torch import Tensor
 
 from based.ops.kernels import overlap
 from based.ops.overlap import let_next_start, wait_for_previous
+from based.ops.tensor_core import dot, dot_add
 
-# Where a state is written every token; where it is read by many programs, and by few, each of
-# which has so many numbers in flight. 132 multiprocessors were measured.
+# Where a state is written every token; where it is read by many programs, whole or of its halves
+# one, and by few, each of which has so many numbers in flight. 132 multiprocessors were measured.
 WRITE = {"BLOCK_F": 16, "STAGES": 4, "num_warps": 4}
 READ_MANY, MOST_VALUES = {"BLOCK_F": 16, "STAGES": 3, "num_warps": 2}, 128
+READ_HALF = {"BLOCK_F": 32, "STAGES": 3, "num_warps": 1}
 READ_FEW, IN_FLIGHT = {"STAGES": 0, "num_warps": 8}, 32768
-MANY = 512
-# Features of a state that are folded at a time, and programs that share the work.
-FOLD_FEATURES, FOLD_WARPS, FOLD_PROGRAMS = 32, 4, 528
+MANY = 256
+# Features of a state that are folded at a time, and values of each; programs that share the work,
+# of up to so many rows.
+FOLD_FEATURES, FOLD_VALUES, FOLD_WARPS = 32, 64, 1
+FOLD_PROGRAMS, MOST_ROWS = 1056, 256
 
 
 @triton.jit
@@ -73,11 +78,40 @@ def _features_of_state(
     F: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
-    """BLOCK_F features of a head's state from number `first` on, as they are stored."""
+    """BLOCK_F features of a head's state from number `first` on, as they are stored.
+
+    Of a numerator in halves, the upper ones.
+    """
     feature = first + tl.arange(0, BLOCK_F)
     real, cell = feature < F, feature[:, None] * V + column[None, :]
     S = tl.load(numerator + cell, mask=real[:, None] & (column < V)[None, :], other=0.0)
     return S, tl.load(denominator + feature, mask=real, other=0.0)
+
+
+@triton.jit
+@no_type_check
+def _number(S):
+    """float32 of what is stored: of an upper half, the middle of the numbers that have it."""
+    if S.dtype == tl.int16:
+        return ((S.to(tl.int32) << 16) | 0x8000).to(tl.float32, bitcast=True)
+    return S.to(tl.float32)
+
+
+@triton.jit
+@no_type_check
+def _joined(upper, lower, present):
+    """float32 numbers whose upper and lower 16 bits are stored apart."""
+    high = tl.load(upper, mask=present, other=0).to(tl.int32) << 16
+    low = tl.load(lower, mask=present, other=0).to(tl.int32) & 0xFFFF
+    return (high | low).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+@no_type_check
+def _store_apart(upper, lower, S, present):
+    bits = S.to(tl.int32, bitcast=True)
+    tl.store(upper, (bits >> 16).to(tl.int16), mask=present)
+    tl.store(lower, bits.to(tl.int16), mask=present)
 
 
 @triton.jit
@@ -104,7 +138,7 @@ def _stream(
     # Several tiles are on their way at a time.
     for first in tl.range(0, F, BLOCK_F, num_stages=STAGES):
         S, z = _features_of_state(numerator, denominator, first, column, V, F, BLOCK_F)
-        S, z = S.to(tl.float32), z.to(tl.float32)
+        S, z = _number(S), z.to(tl.float32)
         if WRITE:
             feature = first + tl.arange(0, BLOCK_F)
             real = feature < F
@@ -139,7 +173,7 @@ def _read(
     above, below = tl.zeros((column.shape[0],), tl.float32), 0.0
     for first in tl.static_range(0, F, BLOCK_F):
         phi_q = _query_features(q, first, K, SCALE, F, BLOCK_F)
-        above += tl.sum(phi_q[:, None] * S.to(tl.float32), axis=0)
+        above += tl.sum(phi_q[:, None] * _number(S), axis=0)
         below += tl.sum(phi_q * z.to(tl.float32))
         if first + BLOCK_F < F:
             next = first + BLOCK_F
@@ -156,6 +190,7 @@ def _fold(
     values,
     first,
     column,
+    counts,
     H: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
@@ -164,21 +199,37 @@ def _fold(
     BLOCK_F: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Adds a head's full ring to BLOCK_F features of its state, from number `first` on."""
+    """Adds a head's full ring to some columns of BLOCK_F features of its state.
+
+    These begin at number `first`; their share of the denominator is added where it `counts`.
+    """
     feature, token = first + tl.arange(0, BLOCK_F), tl.arange(0, BLOCK_R)
     real, held, inside = feature < F, token < RING, column < V
     safe = tl.where(real, feature, 0)
     S, z = numerator + feature[:, None] * V + column[None, :], denominator + feature
     present = real[:, None] & inside[None, :]
+    # The state is on its way before what is added to it is made.
+    if numerator.dtype.element_ty == tl.int16:
+        before = _joined(S, S + F * V, present)
+    else:
+        before = tl.load(S, mask=present, other=0.0).to(tl.float32)
+    norm = tl.load(z, mask=real, other=0.0).to(tl.float32)
     phi = _feature(keys + tl.where(held, token, 0)[None, :] * H * K, safe[:, None], K)
     phi = tl.where(held[None, :], phi, 0.0)
     cell = values + token[:, None] * H * V + column[None, :]
-    v = tl.load(cell, mask=held[:, None] & inside[None, :], other=0.0).to(tl.float32)
-    # Products in three parts of TensorFloat32: a bfloat16 value is one of them, exactly.
-    added = tl.dot(phi, v, input_precision="tf32x3")
-    tl.store(S, tl.load(S, mask=present, other=0.0).to(tl.float32) + added, mask=present)
-    total = tl.load(z, mask=real, other=0.0).to(tl.float32) + tl.sum(phi, axis=1)
-    tl.store(z, total, mask=real)
+    v = tl.load(cell, mask=held[:, None] & inside[None, :], other=0.0)
+    if values.dtype.element_ty == tl.bfloat16:
+        # A product of two bfloat16 numbers is a sum of two, exactly.
+        high = phi.to(tl.bfloat16)
+        low = (phi - high.to(tl.float32)).to(tl.bfloat16)
+        after = before + dot_add(low, v, dot(high, v, "tf32"), "tf32")
+    else:
+        after = before + dot(phi, v.to(tl.float32), "tf32x3")
+    if numerator.dtype.element_ty == tl.int16:
+        _store_apart(S, S + F * V, after, present)
+    else:
+        tl.store(S, after, mask=present)
+    tl.store(z, norm + tl.sum(phi, axis=1), mask=real & counts)
 
 
 @triton.jit
@@ -201,6 +252,7 @@ def _taylor_step_kernel(
     K: tl.constexpr,
     V: tl.constexpr,
     F: tl.constexpr,
+    HALVES: tl.constexpr,
     RING: tl.constexpr,
     FOLDED: tl.constexpr,
     BLOCK_F: tl.constexpr,
@@ -219,7 +271,7 @@ def _taylor_step_kernel(
     k = k_ptr + row * k_stride + head * K
     column, lane = part * BLOCK_V + tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_K)
     inside, held = column < V, lane < K
-    S = numerator_ptr + (row * H + head) * F * V
+    S = numerator_ptr + (row * H + head) * HALVES * F * V
     z = denominator_ptr + (row * H + head) * F
     let_next_start(OVERLAP)
     if STAGES > 0:
@@ -268,7 +320,7 @@ def _taylor_step_kernel(
             # The newest key and value were stored by other threads than now read them.
             tl.debug_barrier()
             for first in range(0, F, FOLDED):
-                _fold(S, z, keys, values, first, column, H, K, V, F, RING, FOLDED, BLOCK_R)
+                _fold(S, z, keys, values, first, column, True, H, K, V, F, RING, FOLDED, BLOCK_R)
 
 
 @triton.jit
@@ -280,11 +332,11 @@ def _fold_kernel(
     ring_v_ptr,
     seen_ptr,
     rows,
-    programs,
     H: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
     F: tl.constexpr,
+    HALVES: tl.constexpr,
     RING: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -292,29 +344,33 @@ def _fold_kernel(
     BLOCK_B: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Adds full rings to their states: the programs share tiles of the rows that have one."""
-    TILES: tl.constexpr = (F + BLOCK_F - 1) // BLOCK_F
-    index, column = tl.arange(0, BLOCK_B), tl.arange(0, BLOCK_V)
+    """Adds full rings to their states: programs share the tiles of those of some rows."""
+    PARTS: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
+    TILES: tl.constexpr = (F + BLOCK_F - 1) // BLOCK_F * PARTS
+    index = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
     wait_for_previous(OVERLAP)
     place = tl.load(seen_ptr + index, mask=index < rows, other=0) % RING
     full = (place == RING - 1) & (index < rows)
-    order = tl.cumsum(full.to(tl.int32), 0)
-    count = tl.sum(full.to(tl.int32))
-    for item in range(tl.program_id(0), count * H * TILES, programs):
-        number, head, tile = item // (H * TILES), item // TILES % H, item % TILES
-        row = tl.sum(tl.where(full & (order == number + 1), index, 0)).to(tl.int64)
+    order = tl.where(full, tl.cumsum(full.to(tl.int32), 0), 0)
+    items = tl.sum(full.to(tl.int32)) * (H * TILES)
+    # Loading ahead costs the registers that other programs would have.
+    for item in tl.range(tl.program_id(0), items, tl.num_programs(0), num_stages=1):
+        head, tile = item // TILES % H, item % TILES
+        row = tl.sum(tl.where(order == item // (H * TILES) + 1, index, 0)).to(tl.int64)
         base = row * H + head
-        S, z = numerator_ptr + base * F * V, denominator_ptr + base * F
+        S, z = numerator_ptr + base * HALVES * F * V, denominator_ptr + base * F
         keys = ring_k_ptr + (row * RING * H + head) * K
         values = ring_v_ptr + (row * RING * H + head) * V
-        _fold(S, z, keys, values, tile * BLOCK_F, column, H, K, V, F, RING, BLOCK_F, BLOCK_R)
+        part, first = tile % PARTS, tile // PARTS * BLOCK_F
+        column = part * BLOCK_V + tl.arange(0, BLOCK_V)
+        _fold(*(S, z, keys, values, first, column, part == 0, H, K, V, F, RING, BLOCK_F, BLOCK_R))
 
 
 def taylor_step_kernel(
     q: Float[Tensor, "B H K"],
     k: Float[Tensor, "B H K"],
     v: Float[Tensor, "B H V"],
-    numerator: Float[Tensor, "B H F V"],
+    numerator: Float[Tensor, "B H F V"] | Int16[Tensor, "B H 2 F V"],
     denominator: Float[Tensor, "B H F"],
     recent_keys: Float[Tensor, "B R H K"] | None = None,
     recent_values: Float[Tensor, "B R H V"] | None = None,
@@ -323,20 +379,23 @@ def taylor_step_kernel(
     """The step of `step.py`, or with a ring its deferred step; changes the state in place.
 
     q, k and v may be slices of a projection (heads contiguous); the state is
-    contiguous, its numerator float32 or bfloat16. `seen` is not advanced.
+    contiguous, its numerator float32 or bfloat16, or with a ring in halves. `seen` is not
+    advanced.
     """
-    (B, H, K), V, F = q.shape, v.shape[2], numerator.shape[2]
+    (B, H, K), V, F = q.shape, v.shape[2], numerator.shape[-2]
     out = torch.empty((B, H, V), dtype=v.dtype, device=v.device)
     ring = 0 if recent_keys is None else recent_keys.shape[1]
     whole = triton.next_power_of_2(V)
-    sizes = {"H": H, "K": K, "V": V, "F": F, "RING": ring}
+    halves = 2 if numerator.dtype == torch.int16 else 1
+    sizes = {"H": H, "K": K, "V": V, "F": F, "HALVES": halves, "RING": ring}
     # Folding is a matrix product, which has at least 16 of everything.
     wide, long = max(16, whole), max(16, triton.next_power_of_2(max(1, ring)))
     apart = B * H >= MANY
     if not ring:
         tiles = {**WRITE, "BLOCK_V": whole, "BLOCK_R": 1, "FOLDED": 0}
     elif apart:
-        tiles = {**READ_MANY, "BLOCK_V": min(MOST_VALUES, whole), "BLOCK_R": long, "FOLDED": 0}
+        tiles = READ_HALF if halves == 2 else READ_MANY
+        tiles = {**tiles, "BLOCK_V": min(MOST_VALUES, whole), "BLOCK_R": long, "FOLDED": 0}
     else:
         features = min(triton.next_power_of_2(F), IN_FLIGHT // wide)
         tiles = {**READ_FEW, "BLOCK_F": features, "BLOCK_V": wide}
@@ -362,20 +421,19 @@ def taylor_step_kernel(
         **tiles,
     )
     if ring and apart:
-        items = B * H * triton.cdiv(F, FOLD_FEATURES)
-        programs = min(items, FOLD_PROGRAMS)
-        _fold_kernel[(programs,)](
+        width = min(FOLD_VALUES, wide)
+        items = B * H * triton.cdiv(F, FOLD_FEATURES) * triton.cdiv(V, width)
+        _fold_kernel[(min(items, FOLD_PROGRAMS), triton.cdiv(B, MOST_ROWS))](
             numerator,
             denominator,
             recent_keys,
             recent_values,
             seen,
             B,
-            programs,
             BLOCK_F=FOLD_FEATURES,
-            BLOCK_V=wide,
+            BLOCK_V=width,
             BLOCK_R=long,
-            BLOCK_B=triton.next_power_of_2(B),
+            BLOCK_B=min(MOST_ROWS, triton.next_power_of_2(B)),
             **sizes,
             **overlap(q),
             num_warps=FOLD_WARPS,

@@ -13,8 +13,9 @@ from torch import Tensor
 INSTALLED = find_spec("triton") is not None
 # Set by the kernels' tests: Triton's interpreter runs them on the CPU, very slowly.
 INTERPRETING = False
-# Whether a decode kernel may start while the one before it ends, where a GPU can.
-OVERLAP = True
+# Whether a decode kernel may start while the one before it ends, where a GPU can, and rows up to
+# which that is faster: of more, library calls stand between, and who waits is in the way.
+OVERLAP, MOST_ROWS_OVERLAPPED = True, 128
 # Whether kernels in CUDA C++ take the place of Triton's on Hopper.
 HOPPER = True
 # Bytes of shared memory that no kernel takes.
@@ -75,7 +76,8 @@ def overlap(x: Tensor, *, reads_state: bool = False) -> dict[str, bool]:
     hides behind the end of the one before it. A kernel that reads its state before it
     waits overlaps others only in a step, where none of them writes that.
     """
-    able = OVERLAP and x.is_cuda and not torch.compiler.is_compiling()
+    able = OVERLAP and x.is_cuda and x.shape[0] <= MOST_ROWS_OVERLAPPED
+    able = able and not torch.compiler.is_compiling()
     able = able and (_in_step() or not reads_state)
     if able and torch.cuda.get_device_capability(x.device)[0] >= 9:
         return {"OVERLAP": True, "launch_pdl": True}

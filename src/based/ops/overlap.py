@@ -13,11 +13,18 @@ def let_next_start(OVERLAP: tl.constexpr):
 
 
 @triton.jit
+def only_wait(OVERLAP: tl.constexpr):
+    """For a kernel beside which the next one would take room from its programs."""
+    if OVERLAP:
+        gdc_wait()
+
+
+@triton.jit
 def wait_for_previous(OVERLAP: tl.constexpr):
     """Lets the next kernel start, then waits until the one before has ended and is visible.
 
-    Every kernel launched with `overlap` calls this, so that "the one before" implies all
-    before it. Only what no kernel of a step writes may be read earlier.
+    Every kernel launched with `overlap` calls this, or waits by `only_wait`, so that "the one
+    before" implies all before it. Only what no kernel of a step writes may be read earlier.
     """
     if OVERLAP:
         gdc_launch_dependents()

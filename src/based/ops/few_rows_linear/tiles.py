@@ -17,14 +17,18 @@ from torch import Tensor
 
 from based.ops.few_rows_linear.decode import side_by_side, weight_of
 from based.ops.kernels import overlap
-from based.ops.overlap import wait_for_previous
+from based.ops.overlap import let_next_start, only_wait, wait_for_previous
 from based.ops.tensor_core import dot_add
 
 # Channels of a step, rows of W of a program, most parts, and programs that a Hopper GPU runs
 # side by side.
 LANES, TILES, MOST_PARTS, PROGRAMS = 64, (64, 32), 8, 132
-# Steps in flight: where shared memory holds six, and elsewhere.
-DEEP, SHALLOW = {"STAGES": 6, "num_warps": 4}, {"STAGES": 3, "num_warps": 4}
+# Steps in flight: where shared memory holds six, and elsewhere. A wide residual stream is faster
+# with as many, by rows, as leave a multiprocessor to one program.
+DEEP, SHALLOW, LAUNCH = 6, 3, {"num_warps": 4}
+WIDE, DEEPER = 1536, {16: 6, 32: 12, 64: 8, 128: 7}
+# Bytes of shared memory of half a multiprocessor.
+HALF = 113 * 1024
 
 
 class Division(NamedTuple):
@@ -83,8 +87,10 @@ def _tile_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     STAGES: tl.constexpr,
+    ALONE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
+    """A program that is ALONE on its multiprocessor loses nothing to a next one that waits."""
     tile, part = tl.program_id(0), tl.program_id(1)
     row, column = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_N)
     if GATED:
@@ -101,10 +107,15 @@ def _tile_kernel(
     weight = weight_of(first_ptr, second_ptr, third_ptr, tile * OUTPUTS, C, N, SECOND, THIRD)
     weight += source[:, None] * C + lane[None, :]
     given = (row < rows)[:, None]
-    wait_for_previous(OVERLAP)
+    if ALONE:
+        wait_for_previous(OVERLAP)
+    else:
+        only_wait(OVERLAP)
     y = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
     for channel in tl.range(0, SHARE, BLOCK_C, num_stages=STAGES):
         y = dot_add(tl.load(x + channel), tl.trans(tl.load(weight + channel)), y, "tf32")
+    if not ALONE:
+        let_next_start(OVERLAP)
     if GATED:
         y, gate = tl.split(tl.reshape(y, (BLOCK_R, OUTPUTS, 2)))
         if BIAS:
@@ -191,7 +202,9 @@ def _launch(
     (rows, C), N = x.shape, out.shape[-1]
     rows_of_w = sum(weight.shape[0] for weight in weights)
     three, second, third = side_by_side(weights, N)
-    deep = not x.is_cuda or torch.cuda.get_device_capability(x.device)[0] >= 9
+    block_r, share = max(16, 1 << (rows - 1).bit_length()), C // division.parts
+    stages = _stages(x, block_r, min(C, N))
+    held = stages * (block_r + division.outputs) * LANES * x.element_size()
     _tile_kernel[(rows_of_w // division.outputs, division.parts)](
         x,
         *three,
@@ -203,16 +216,25 @@ def _launch(
         rows,
         C=C,
         N=N,
-        SHARE=C // division.parts,
+        SHARE=share,
         SECOND=second,
         THIRD=third,
         BIAS=bias is not None,
         GATED=rows_of_w > N,
         WIDTH=0 if taps is None else taps.shape[1],
         COUNT=counter is not None,
-        BLOCK_R=max(16, triton.next_power_of_2(rows)),
+        BLOCK_R=block_r,
         BLOCK_N=division.outputs,
         BLOCK_C=LANES,
+        STAGES=stages,
+        ALONE=held > HALF,
         **overlap(x),
-        **(DEEP if deep else SHALLOW),
+        **LAUNCH,
     )
+
+
+def _stages(x: Tensor, block_r: int, width: int) -> int:
+    """Steps in flight of a program, in a model whose residual stream is so wide."""
+    if x.is_cuda and torch.cuda.get_device_capability(x.device)[0] < 9:
+        return SHALLOW
+    return DEEPER[block_r] if width >= WIDE else DEEP

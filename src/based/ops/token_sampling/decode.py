@@ -102,9 +102,10 @@ def _peaks_of(logits, begin, end, BLOCK: tl.constexpr):
         strangers += strange.to(tl.int32)
         x = tl.where(strange, 0.0, x)
         best = tl.where(x > peaks, ids, best)
-        higher = tl.maximum(peaks, x)
-        totals = totals * tl.exp(peaks - higher) + tl.exp(x - higher)
-        peaks = higher
+        # One of exp(peaks - higher) and exp(x - higher) is 1.
+        other = tl.exp(-tl.abs(x - peaks))
+        totals = tl.where(x > peaks, totals * other + 1.0, totals + other)
+        peaks = tl.maximum(peaks, x)
     peak = tl.max(peaks)
     total = tl.sum(totals * tl.exp(peaks - peak))
     return peak, total, tl.min(tl.where(peaks == peak, best, end)), tl.sum(strangers)

@@ -226,6 +226,20 @@ def test_only_few_rows_and_plain_layers_are_fused() -> None:
     assert not few_rows_linear.fuses(few, layer)
 
 
+@pytest.mark.parametrize(
+    ("rows", "dtype", "few"),
+    [(2, torch.bfloat16, True), (3, torch.bfloat16, False), (4, torch.float32, True)],
+)
+def test_a_wide_stream_takes_tensor_cores_from_three_rows(
+    rows: int, dtype: torch.dtype, few: bool
+) -> None:
+    with torch.device("meta"):
+        layers = [nn.Linear(1792, size, bias=False, dtype=dtype) for size in (256, 1792)]
+        given = Residual(torch.empty(rows, 1792), None, torch.empty(1792, dtype=dtype), 1e-5)
+    # A meta tensor takes no kernel by itself.
+    assert few_rows_linear.fuses(given, *layers) == few
+
+
 class Quantised(Tensor):
     """As torchao's weights: a tensor that is more than its numbers."""
 

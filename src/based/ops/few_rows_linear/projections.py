@@ -15,8 +15,10 @@ from based.ops.few_rows_linear.weights import rows_of
 from based.ops.gated_short_convolution import gated_short_convolution_step
 from based.ops.kernels import use_kernels
 
-# Above, tensor cores are faster; and above these, library calls.
+# Above, tensor cores are faster; and above these, library calls. A residual stream of so many
+# channels keeps tensor cores busy from fewer rows on.
 MOST_ROWS, MOST_ROWS_IN_TILES = 4, 128
+WIDE, MOST_ROWS_WIDE = 1536, 2
 
 
 def fuses(residual: Residual, *layers: nn.Module) -> bool:
@@ -24,7 +26,7 @@ def fuses(residual: Residual, *layers: nn.Module) -> bool:
 
     Layers with an adapter, or quantised as `rows_of` does not know, are called instead.
     """
-    if not _few(residual.x) or not all(map(readable, layers)):
+    if not _few(residual.x, residual.x.shape[1], *layers) or not all(map(readable, layers)):
         return False
     # Plain and quantised ones are not read side by side.
     return len({type(layer.weight) for layer in layers}) <= 1
@@ -39,8 +41,12 @@ def _plain(layer: nn.Module) -> bool:
     return type(layer) is nn.Linear and type(layer.weight) is nn.Parameter
 
 
-def _few(x: Tensor) -> bool:
-    return use_kernels(x) and x.shape[0] <= MOST_ROWS
+def _few(x: Tensor, width: int, *layers: nn.Module) -> bool:
+    """Whether rows are few for layers from or to a residual stream so wide."""
+    if not use_kernels(x) or x.shape[0] > MOST_ROWS:
+        return False
+    in_tiles = (isinstance(y, nn.Linear) and _plain(y) and y.weight.itemsize == 2 for y in layers)
+    return x.shape[0] <= MOST_ROWS_WIDE or width < WIDE or not any(in_tiles)
 
 
 def _in_tiles(x: Tensor, layer: nn.Module) -> bool:
@@ -118,8 +124,7 @@ def linear(
 
     `counter`, of tokens seen, is advanced by one in passing.
     """
-    if _few(x) and readable(layer):
-        assert isinstance(layer, nn.Linear)
+    if readable(layer) and isinstance(layer, nn.Linear) and _few(x, layer.out_features, layer):
         from based.ops.few_rows_linear.decode import linear_kernel
 
         return linear_kernel(x, weights=[layer.weight], bias=layer.bias, counter=counter)[1]

@@ -42,13 +42,14 @@ def by_kind(kernels: Iterable[tuple[str, float]]) -> dict[str, float]:
     return dict(sorted(total.items(), key=lambda item: -item[1]))
 
 
-def profiled(function: Callable[[], object]) -> dict[str, float]:
-    """Milliseconds of GPU time of one call, by kind of kernel."""
+def profiled(function: Callable[[], object], calls: int = 1) -> dict[str, float]:
+    """Milliseconds of GPU time of one call, by kind of kernel; the mean of some."""
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
-        function()
+        for _ in range(calls):
+            function()
         torch.cuda.synchronize()
     kernels = [
-        (event.key, event.self_device_time_total / 1e3)
+        (event.key, event.self_device_time_total / 1e3 / calls)
         for event in found.key_averages()
         if event.device_type == DeviceType.CUDA
     ]

@@ -42,7 +42,7 @@ def test_decode_at_a_context_resumes_and_is_drawn(bench, monkeypatch) -> None:
 
 
 def test_ablations_and_profiles_are_rows_of_their_own(bench, monkeypatch) -> None:
-    monkeypatch.setattr(generation, "profiled", lambda call: call() or {"other": 1.0})
+    monkeypatch.setattr(generation, "profiled", lambda call, calls: call() or {"other": 1.0})
     for name in ("OVERLAP", "INTERPRETING"):
         monkeypatch.setattr(kernels, name, getattr(kernels, name))
     monkeypatch.setattr(projections, "MOST_ROWS", 4)

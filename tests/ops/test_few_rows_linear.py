@@ -233,10 +233,9 @@ def test_only_few_rows_and_plain_layers_are_fused() -> None:
 def test_a_wide_stream_takes_tensor_cores_from_three_rows(
     rows: int, dtype: torch.dtype, few: bool
 ) -> None:
-    with torch.device("meta"):
+    with DEVICE:
         layers = [nn.Linear(1792, size, bias=False, dtype=dtype) for size in (256, 1792)]
         given = Residual(torch.empty(rows, 1792), None, torch.empty(1792, dtype=dtype), 1e-5)
-    # A meta tensor takes no kernel by itself.
     assert few_rows_linear.fuses(given, *layers) == few
 
 
@@ -283,6 +282,32 @@ def test_a_step_of_few_rows_is_the_step_of_many(recent: int, monkeypatch) -> Non
         close(got[1], got[2], 1e-5)
         for other in (states[1], states[2]):
             same(states[0], other)
+
+
+def test_a_wide_step_is_the_step_of_plain_layers(monkeypatch) -> None:
+    """Few rows in tiles, whose parts reach the head."""
+    rows = 3
+    choices = "based.ops.few_rows_linear.projections."
+    monkeypatch.setattr(choices + "WIDE", 256)
+    linear, window = "taylor_linear_attention", "sliding_window_attention"
+    config = DecoderConfig(
+        vocab_size=50,
+        hidden_size=256,
+        intermediate_size=128,
+        mixers=("gated_convolution", linear, window),
+        mixer_options={linear: {"num_heads": 4}, window: {"num_heads": 4, "window": 3}},
+        initializer_range=0.1,
+    )
+    given = Decoder(config).to(DEVICE, torch.bfloat16)
+    states = [given.init_state(rows, 8, 3) for _ in range(2)]
+    for step in range(2):
+        tokens = torch.arange(rows, device=DEVICE) + 7 * step
+        got = []
+        for most, tiles, state in ((4, 128, states[0]), (0, 0, states[1])):
+            monkeypatch.setattr(choices + "MOST_ROWS", most)
+            monkeypatch.setattr(choices + "MOST_ROWS_IN_TILES", tiles)
+            got.append(given.step(tokens, state))
+        close(got[0], got[1], 3e-2)
 
 
 @pytest.mark.parametrize("precision", ["int8", "float8"])

@@ -24,8 +24,11 @@ WIDE, MOST_ROWS_WIDE = 1536, 2
 def fuses(residual: Residual, *layers: nn.Module) -> bool:
     """Whether a step on these rows may read the layers' weights itself.
 
-    Layers with an adapter, or quantised as `rows_of` does not know, are called instead.
+    Layers with an adapter, or quantised as `rows_of` does not know, are called instead. A branch
+    in parts comes from tiles, and a norm by itself adds it up.
     """
+    if residual.branch is not None and residual.branch.dim() > 2:
+        return False
     if not _few(residual.x, residual.x.shape[1], *layers) or not all(map(readable, layers)):
         return False
     # Plain and quantised ones are not read side by side.

@@ -23,9 +23,9 @@ TILE = {"BLOCK_S": 16, "STAGES": 3, "num_warps": 2}
 # Where programs are few, and where one of them holds a whole window: of so many slots.
 WIDE, FEW = {"BLOCK_S": 32, "STAGES": 3, "num_warps": 4}, 256
 WHOLE, MOST_WHOLE = {"num_warps": 4}, 129
-# Where rows and heads are enough for small programs; and where they are so many that programs
-# of few slots are best, should those be long.
-SLIM, MANY = {"BLOCK_S": 8, "STAGES": 2, "num_warps": 1}, 1536
+# Of windows (up to so many slots): where rows and heads are enough for small programs, and so
+# many that programs of few slots are best, should those be long.
+SHORT, SLIM, MANY = 256, {"BLOCK_S": 8, "STAGES": 2, "num_warps": 1}, 2048
 SLIMMEST, LONG, VERY_MANY = {**SLIM, "BLOCK_S": 4}, 128, 8192
 # Where several queries share their keys; by bytes of a cached number.
 GROUPED = {size: {"BLOCK_S": 128 // size, "STAGES": 2, "num_warps": 4} for size in (2, 4)}
@@ -362,7 +362,7 @@ def attention_step_kernel(
     )
     few = B * H * splits <= FEW
     kernel, choices = _attention_step_kernel, WIDE if few else TILE
-    if B * H >= MANY:
+    if B * H >= MANY and S <= SHORT:
         choices = SLIMMEST if B * H >= VERY_MANY and block_d >= LONG else SLIM
     if few and splits == 1 < S <= MOST_WHOLE:
         kernel, choices = _window_step_kernel, {**WHOLE, "BLOCK_S": 1 << (S - 2).bit_length()}

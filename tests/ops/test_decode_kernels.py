@@ -14,7 +14,7 @@ from based.ops.rotary import inverse_frequencies, rotate
 from based.ops.sliding_window_attention import decode as attention
 from based.ops.softmax_attention.reference import softmax_attention_reference
 from based.ops.taylor_linear_attention import decode as taylor
-from based.ops.taylor_linear_attention import halves
+from based.ops.taylor_linear_attention import fold, halves
 from based.ops.taylor_linear_attention.decode import taylor_step_kernel
 from based.ops.taylor_linear_attention.features import key_features
 from based.ops.taylor_linear_attention.reference import taylor_linear_attention_reference
@@ -90,8 +90,8 @@ def test_deferred_taylor_step_at_every_phase(
 ) -> None:
     """Rows whose rings fill in different steps; slots not yet taken hold garbage."""
     monkeypatch.setattr(taylor, "MANY", 0 if many else 512)
-    monkeypatch.setattr(taylor, "FOLD_PROGRAMS", 3)
-    monkeypatch.setattr(taylor, "MOST_ROWS", 2)
+    monkeypatch.setattr(fold, "PROGRAMS", 3)
+    monkeypatch.setattr(fold, "MOST_ROWS", 2)
     rows, heads, R = 3, 2, 4
     numerator, denominator = taylor_state(rows, heads, K, V)
     state = numerator.float(), denominator.float()

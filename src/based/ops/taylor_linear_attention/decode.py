@@ -5,9 +5,9 @@ of a numerator in halves (`halves.py`) the upper ones, all but when it folds.
 With a ring of recent keys and values (the deferred step) the state is only read, and the
 ring is added as the exact quadratic form. A ring that is full is folded into its state:
 where heads are few by the program that has read the state, whose end is all that the next
-kernel waits for; where they are many by a second kernel, since registers of the first decide
-how many programs share a multiprocessor. Each sequence fills its ring in its own time, so
-that every step of a batch is the same launches.
+kernel waits for; where they are many by a second kernel (`fold.py`), since registers of the
+first decide how many programs share a multiprocessor. Each sequence fills its ring in its
+own time, so that every step of a batch is the same launches.
 """
 
 from typing import no_type_check
@@ -20,7 +20,13 @@ from torch import Tensor
 
 from based.ops.kernels import overlap
 from based.ops.overlap import let_next_start, wait_for_previous
-from based.ops.tensor_core import dot, dot_add
+from based.ops.taylor_linear_attention.fold import (
+    TILE_FEATURES,
+    feature_of,
+    fold_full_rings,
+    fold_ring,
+    padded,
+)
 
 # Where a state is written every token; where it is read by many programs, whole or of its halves
 # one, and by few, each of which has so many numbers in flight. 132 multiprocessors were measured.
@@ -29,23 +35,6 @@ READ_MANY, MOST_VALUES = {"BLOCK_F": 16, "STAGES": 3, "num_warps": 2}, 128
 READ_HALF = {"BLOCK_F": 32, "STAGES": 3, "num_warps": 1}
 READ_FEW, IN_FLIGHT = {"STAGES": 0, "num_warps": 8}, 32768
 MANY = 256
-# Features of a state that are folded at a time, and values of each; programs that share the work,
-# of up to so many rows.
-FOLD_FEATURES, FOLD_VALUES, FOLD_WARPS = 32, 64, 1
-FOLD_PROGRAMS, MOST_ROWS = 1056, 256
-
-
-@triton.jit
-@no_type_check
-def _feature(x, feature, K: tl.constexpr):
-    """Monomials number `feature` of the K inputs at `x`, in the order of `features.py`."""
-    product = feature - 1 - K
-    left = tl.where(product >= 0, product % K, tl.maximum(feature - 1, 0))
-    right = (product % K + product // K) % K
-    first = tl.load(x + left).to(tl.float32)
-    second = tl.load(x + tl.where(product >= 0, right, 0)).to(tl.float32)
-    value = tl.where(product >= 0, first * second, first)
-    return tl.where(feature == 0, 1.0, value)
 
 
 @triton.jit
@@ -64,7 +53,7 @@ def _query_features(
     """The query's weighted features from number `first` on."""
     feature = first + tl.arange(0, BLOCK_F)
     safe = tl.where(feature < F, feature, 0)
-    return tl.where(feature < F, _feature(q, safe, K) * _weight(safe, K, SCALE), 0.0)
+    return tl.where(feature < F, feature_of(q, safe, K) * _weight(safe, K, SCALE), 0.0)
 
 
 @triton.jit
@@ -99,23 +88,6 @@ def _number(S):
 
 @triton.jit
 @no_type_check
-def _joined(upper, lower, present):
-    """float32 numbers whose upper and lower 16 bits are stored apart."""
-    high = tl.load(upper, mask=present, other=0).to(tl.int32) << 16
-    low = tl.load(lower, mask=present, other=0).to(tl.int32) & 0xFFFF
-    return (high | low).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-@no_type_check
-def _store_apart(upper, lower, S, present):
-    bits = S.to(tl.int32, bitcast=True)
-    tl.store(upper, (bits >> 16).to(tl.int16), mask=present)
-    tl.store(lower, bits.to(tl.int16), mask=present)
-
-
-@triton.jit
-@no_type_check
 def _stream(
     q,
     k,
@@ -142,7 +114,7 @@ def _stream(
         if WRITE:
             feature = first + tl.arange(0, BLOCK_F)
             real = feature < F
-            phi_k = _feature(k, tl.where(real, feature, 0), K)
+            phi_k = feature_of(k, tl.where(real, feature, 0), K)
             S += phi_k[:, None] * value[None, :]
             z += phi_k
             cell = feature[:, None] * V + column[None, :]
@@ -179,57 +151,6 @@ def _read(
             next = first + BLOCK_F
             S, z = _features_of_state(numerator, denominator, next, column, V, F, BLOCK_F)
     return above, below
-
-
-@triton.jit
-@no_type_check
-def _fold(
-    numerator,
-    denominator,
-    keys,
-    values,
-    first,
-    column,
-    counts,
-    H: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    F: tl.constexpr,
-    RING: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    """Adds a head's full ring to some columns of BLOCK_F features of its state.
-
-    These begin at number `first`; their share of the denominator is added where it `counts`.
-    """
-    feature, token = first + tl.arange(0, BLOCK_F), tl.arange(0, BLOCK_R)
-    real, held, inside = feature < F, token < RING, column < V
-    safe = tl.where(real, feature, 0)
-    S, z = numerator + feature[:, None] * V + column[None, :], denominator + feature
-    present = real[:, None] & inside[None, :]
-    # The state is on its way before what is added to it is made.
-    if numerator.dtype.element_ty == tl.int16:
-        before = _joined(S, S + F * V, present)
-    else:
-        before = tl.load(S, mask=present, other=0.0).to(tl.float32)
-    norm = tl.load(z, mask=real, other=0.0).to(tl.float32)
-    phi = _feature(keys + tl.where(held, token, 0)[None, :] * H * K, safe[:, None], K)
-    phi = tl.where(held[None, :], phi, 0.0)
-    cell = values + token[:, None] * H * V + column[None, :]
-    v = tl.load(cell, mask=held[:, None] & inside[None, :], other=0.0)
-    if values.dtype.element_ty == tl.bfloat16:
-        # A product of two bfloat16 numbers is a sum of two, exactly.
-        high = phi.to(tl.bfloat16)
-        low = (phi - high.to(tl.float32)).to(tl.bfloat16)
-        after = before + dot_add(low, v, dot(high, v, "tf32"), "tf32")
-    else:
-        after = before + dot(phi, v.to(tl.float32), "tf32x3")
-    if numerator.dtype.element_ty == tl.int16:
-        _store_apart(S, S + F * V, after, present)
-    else:
-        tl.store(S, after, mask=present)
-    tl.store(z, norm + tl.sum(phi, axis=1), mask=real & counts)
 
 
 @triton.jit
@@ -320,50 +241,9 @@ def _taylor_step_kernel(
             # The newest key and value were stored by other threads than now read them.
             tl.debug_barrier()
             for first in range(0, F, FOLDED):
-                _fold(S, z, keys, values, first, column, True, H, K, V, F, RING, FOLDED, BLOCK_R)
-
-
-@triton.jit
-@no_type_check
-def _fold_kernel(
-    numerator_ptr,
-    denominator_ptr,
-    ring_k_ptr,
-    ring_v_ptr,
-    seen_ptr,
-    rows,
-    H: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    F: tl.constexpr,
-    HALVES: tl.constexpr,
-    RING: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
-    """Adds full rings to their states: programs share the tiles of those of some rows."""
-    PARTS: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
-    TILES: tl.constexpr = (F + BLOCK_F - 1) // BLOCK_F * PARTS
-    index = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
-    wait_for_previous(OVERLAP)
-    place = tl.load(seen_ptr + index, mask=index < rows, other=0) % RING
-    full = (place == RING - 1) & (index < rows)
-    order = tl.where(full, tl.cumsum(full.to(tl.int32), 0), 0)
-    items = tl.sum(full.to(tl.int32)) * (H * TILES)
-    # Loading ahead costs the registers that other programs would have.
-    for item in tl.range(tl.program_id(0), items, tl.num_programs(0), num_stages=1):
-        head, tile = item // TILES % H, item % TILES
-        row = tl.sum(tl.where(order == item // (H * TILES) + 1, index, 0)).to(tl.int64)
-        base = row * H + head
-        S, z = numerator_ptr + base * HALVES * F * V, denominator_ptr + base * F
-        keys = ring_k_ptr + (row * RING * H + head) * K
-        values = ring_v_ptr + (row * RING * H + head) * V
-        part, first = tile % PARTS, tile // PARTS * BLOCK_F
-        column = part * BLOCK_V + tl.arange(0, BLOCK_V)
-        _fold(*(S, z, keys, values, first, column, part == 0, H, K, V, F, RING, BLOCK_F, BLOCK_R))
+                fold_ring(
+                    S, z, keys, values, first, column, True, H, K, V, F, RING, FOLDED, BLOCK_R
+                )
 
 
 def taylor_step_kernel(
@@ -388,8 +268,7 @@ def taylor_step_kernel(
     whole = triton.next_power_of_2(V)
     halves = 2 if numerator.dtype == torch.int16 else 1
     sizes = {"H": H, "K": K, "V": V, "F": F, "HALVES": halves, "RING": ring}
-    # Folding is a matrix product, which has at least 16 of everything.
-    wide, long = max(16, whole), max(16, triton.next_power_of_2(max(1, ring)))
+    wide, long = padded(V), padded(ring)
     apart = B * H >= MANY
     if not ring:
         tiles = {**WRITE, "BLOCK_V": whole, "BLOCK_R": 1, "FOLDED": 0}
@@ -399,7 +278,7 @@ def taylor_step_kernel(
     else:
         features = min(triton.next_power_of_2(F), IN_FLIGHT // wide)
         tiles = {**READ_FEW, "BLOCK_F": features, "BLOCK_V": wide}
-        tiles |= {"BLOCK_R": long, "FOLDED": FOLD_FEATURES}
+        tiles |= {"BLOCK_R": long, "FOLDED": TILE_FEATURES}
     _taylor_step_kernel[(B, H, triton.cdiv(V, tiles["BLOCK_V"]))](
         q,
         k,
@@ -421,21 +300,5 @@ def taylor_step_kernel(
         **tiles,
     )
     if ring and apart:
-        width = min(FOLD_VALUES, wide)
-        items = B * H * triton.cdiv(F, FOLD_FEATURES) * triton.cdiv(V, width)
-        _fold_kernel[(min(items, FOLD_PROGRAMS), triton.cdiv(B, MOST_ROWS))](
-            numerator,
-            denominator,
-            recent_keys,
-            recent_values,
-            seen,
-            B,
-            BLOCK_F=FOLD_FEATURES,
-            BLOCK_V=width,
-            BLOCK_R=long,
-            BLOCK_B=min(MOST_ROWS, triton.next_power_of_2(B)),
-            **sizes,
-            **overlap(q),
-            num_warps=FOLD_WARPS,
-        )
+        fold_full_rings(numerator, denominator, recent_keys, recent_values, seen)
     return out

@@ -182,6 +182,8 @@ def decode() -> None:
             q, state = empty(rows, H, K), empty(rows, H, F, V, dtype=F32)
             norm = empty(rows, H, F, dtype=F32)
             ring = empty(rows, 16, H, K), empty(rows, 16, H, V), seen
+            halves = empty(rows, H, 2, F, V, dtype=torch.int16)
+            taylor_step_kernel(q, q, heads, halves, norm, *ring)
             taylor_step_kernel(q, q, heads, state, norm, *ring)
             taylor_step_kernel(q, q, heads, state, norm)
         for slots in (129, 4096):

@@ -152,7 +152,7 @@ def _fold_kernel(
 
 def padded(length: int) -> int:
     """A power of two for an axis of a product."""
-    return max(SMALLEST, triton.next_power_of_2(length))
+    return max(SMALLEST, 1 << max(0, length - 1).bit_length())
 
 
 def fold_full_rings(

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from based.ops.few_rows_linear.decode import side_by_side, weight_of
+from based.ops.few_rows_linear.projections import WIDE
 from based.ops.kernels import overlap
 from based.ops.overlap import let_next_start, only_wait, wait_for_previous
 from based.ops.tensor_core import dot_add
@@ -26,7 +27,7 @@ LANES, TILES, MOST_PARTS, PROGRAMS = 64, (64, 32), 8, 132
 # Steps in flight: where shared memory holds six, and elsewhere. A wide residual stream is faster
 # with as many, by rows, as leave a multiprocessor to one program.
 DEEP, SHALLOW, LAUNCH = 6, 3, {"num_warps": 4}
-WIDE, DEEPER = 1536, {16: 6, 32: 12, 64: 8, 128: 7}
+DEEPER = {16: 6, 32: 12, 64: 8, 128: 7}
 # Bytes of shared memory of half a multiprocessor.
 HALF = 113 * 1024
 

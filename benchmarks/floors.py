@@ -71,17 +71,13 @@ def layer_bytes(layer: State, context: int) -> float:
         elif name in ("numerator", "denominator") and "recent_keys" in layer:
             total += size * (1 + 1 / layer["recent_keys"].shape[1])
         elif name == "numerator_halves":
-            total += size * halved_share(layer["recent_keys"].shape[1])
+            # The upper half each token, and all when a ring is folded.
+            total += size * (0.5 + 1.5 / layer["recent_keys"].shape[1])
         elif name in ("recent_keys", "recent_values"):
             total += size / 2
         else:
             total += 2 * size
     return total
-
-
-def halved_share(recent: int) -> float:
-    """Of a numerator's bytes: the upper half each token, and all when a ring is folded."""
-    return 0.5 + 1.5 / recent
 
 
 Cells = Iterator[tuple[dict[str, Any], Callable[[], dict[str, Any]]]]
@@ -116,22 +112,20 @@ Made = tuple[Callable[[], Tensor], float]
 
 def _taylor(batch: int, V: int, dtype: torch.dtype, recent: int) -> Made:
     q, k, v = (torch.randn(batch, HEADS, D, dtype=dtype) for D in (K, K, V))
-    state = [
-        torch.rand(batch, HEADS, num_features(K), V),
-        torch.ones(batch, HEADS, num_features(K)),
-    ]
+    state = State(
+        numerator=torch.rand(batch, HEADS, num_features(K), V),
+        denominator=torch.ones(batch, HEADS, num_features(K)),
+    )
     if not recent:
-        moved = 2.0 * sum(x.nbytes for x in state)
-        return lambda: taylor_linear_attention_step(q, k, v, *state), moved
-    ring = [torch.randn(batch, recent, HEADS, D, dtype=dtype) for D in (K, V)]
-    # Rows fill their rings at different times, as in a busy engine.
-    seen = torch.arange(batch)
-    S, z = state
-    moved = S.nbytes * (1 + 1 / recent)
+        moved = batch * layer_bytes(state, 0)
+        return lambda: taylor_linear_attention_step(q, k, v, **state), moved
+    for name, D in (("recent_keys", K), ("recent_values", V)):
+        state[name] = torch.randn(batch, recent, HEADS, D, dtype=dtype)
+    S, z, ring_k, ring_v = state.values()
     if dtype == torch.bfloat16:
-        moved, S = S.nbytes * halved_share(recent), split_halves(S)
-    moved += z.nbytes * (1 + 1 / recent) + sum(x.nbytes for x in ring) / 2
-    ring_k, ring_v = ring
+        S = state["numerator_halves"] = split_halves(state.pop("numerator"))
+    # Rows fill their rings at different times, as in a busy engine.
+    seen, moved = torch.arange(batch), batch * layer_bytes(state, 0)
     return lambda: taylor_linear_attention_deferred_step(q, k, v, S, z, ring_k, ring_v, seen), moved
 
 

@@ -25,6 +25,7 @@ from based.ops.taylor_linear_attention.fold import (
     feature_of,
     fold_full_rings,
     fold_ring,
+    memory_of,
     padded,
 )
 
@@ -173,7 +174,6 @@ def _taylor_step_kernel(
     K: tl.constexpr,
     V: tl.constexpr,
     F: tl.constexpr,
-    HALVES: tl.constexpr,
     RING: tl.constexpr,
     FOLDED: tl.constexpr,
     BLOCK_F: tl.constexpr,
@@ -192,8 +192,9 @@ def _taylor_step_kernel(
     k = k_ptr + row * k_stride + head * K
     column, lane = part * BLOCK_V + tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_K)
     inside, held = column < V, lane < K
-    S = numerator_ptr + (row * H + head) * HALVES * F * V
-    z = denominator_ptr + (row * H + head) * F
+    S, z, keys, values = memory_of(
+        *(numerator_ptr, denominator_ptr, ring_k_ptr, ring_v_ptr, row, head, H, K, V, F, RING)
+    )
     let_next_start(OVERLAP)
     if STAGES > 0:
         wait_for_previous(OVERLAP)
@@ -201,8 +202,6 @@ def _taylor_step_kernel(
         # The ring's older tokens, and this one, as pairs; nothing here is read back.
         token = tl.arange(0, BLOCK_R)
         place = (tl.load(seen_ptr + row) % RING).to(tl.int32)
-        keys = ring_k_ptr + (row * RING * H + head) * K
-        values = ring_v_ptr + (row * RING * H + head) * V
         older = token < place
         cell = keys + token[:, None] * H * K + lane[None, :]
         past = tl.load(cell, mask=older[:, None] & held[None, :], other=0.0).to(tl.float32)
@@ -266,14 +265,13 @@ def taylor_step_kernel(
     out = torch.empty((B, H, V), dtype=v.dtype, device=v.device)
     ring = 0 if recent_keys is None else recent_keys.shape[1]
     whole = triton.next_power_of_2(V)
-    halves = 2 if numerator.dtype == torch.int16 else 1
-    sizes = {"H": H, "K": K, "V": V, "F": F, "HALVES": halves, "RING": ring}
+    sizes = {"H": H, "K": K, "V": V, "F": F, "RING": ring}
     wide, long = padded(V), padded(ring)
     apart = B * H >= MANY
     if not ring:
         tiles = {**WRITE, "BLOCK_V": whole, "BLOCK_R": 1, "FOLDED": 0}
     elif apart:
-        tiles = READ_HALF if halves == 2 else READ_MANY
+        tiles = READ_HALF if numerator.dtype == torch.int16 else READ_MANY
         tiles = {**tiles, "BLOCK_V": min(MOST_VALUES, whole), "BLOCK_R": long, "FOLDED": 0}
     else:
         features = min(triton.next_power_of_2(F), IN_FLIGHT // wide)

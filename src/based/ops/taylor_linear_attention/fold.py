@@ -6,7 +6,6 @@ rings; where they are few, `decode.py` folds in the program that has read a head
 
 from typing import no_type_check
 
-import torch
 import triton
 import triton.language as tl
 from jaxtyping import Float, Int, Int16
@@ -35,6 +34,28 @@ def feature_of(x, feature, K: tl.constexpr):
     second = tl.load(x + tl.where(product >= 0, right, 0)).to(tl.float32)
     value = tl.where(product >= 0, first * second, first)
     return tl.where(feature == 0, 1.0, value)
+
+
+@triton.jit
+@no_type_check
+def memory_of(
+    numerator,
+    denominator,
+    ring_k,
+    ring_v,
+    row,
+    head,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    F: tl.constexpr,
+    RING: tl.constexpr,
+):
+    """Where a head's numerator (or its halves), denominator, recent keys and values begin."""
+    HALVES: tl.constexpr = 2 if numerator.dtype.element_ty == tl.int16 else 1
+    base, recent = row * H + head, row * RING * H + head
+    S, z = numerator + base * HALVES * F * V, denominator + base * F
+    return S, z, ring_k + recent * K, ring_v + recent * V
 
 
 @triton.jit
@@ -118,7 +139,6 @@ def _fold_kernel(
     K: tl.constexpr,
     V: tl.constexpr,
     F: tl.constexpr,
-    HALVES: tl.constexpr,
     RING: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -139,10 +159,9 @@ def _fold_kernel(
     for item in tl.range(tl.program_id(0), items, tl.num_programs(0), num_stages=1):
         head, tile = item // TILES % H, item % TILES
         row = tl.sum(tl.where(order == item // (H * TILES) + 1, index, 0)).to(tl.int64)
-        base = row * H + head
-        S, z = numerator_ptr + base * HALVES * F * V, denominator_ptr + base * F
-        keys = ring_k_ptr + (row * RING * H + head) * K
-        values = ring_v_ptr + (row * RING * H + head) * V
+        S, z, keys, values = memory_of(
+            *(numerator_ptr, denominator_ptr, ring_k_ptr, ring_v_ptr, row, head, H, K, V, F, RING)
+        )
         part, first = tile % PARTS, tile // PARTS * BLOCK_F
         column = part * BLOCK_V + tl.arange(0, BLOCK_V)
         fold_ring(
@@ -177,7 +196,6 @@ def fold_full_rings(
         K=K,
         V=V,
         F=F,
-        HALVES=2 if numerator.dtype == torch.int16 else 1,
         RING=recent_keys.shape[1],
         BLOCK_F=TILE_FEATURES,
         BLOCK_V=width,

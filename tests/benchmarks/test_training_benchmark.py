@@ -9,7 +9,7 @@ from rich.console import Console
 
 from based.models.accounting import skeleton, training_flops
 from benchmarks import pieces, training
-from benchmarks.profile import by_kind, kind_of
+from benchmarks.profile import by_kind, kind_of, moved_on
 from benchmarks.training import Case, Options
 
 
@@ -92,6 +92,11 @@ def test_the_llama_is_the_transformer_it_is_held_to(options) -> None:
     names = ("hf-llama-1.3b", "hf-llama-360m")
     sizes = [skeleton(training.shape_of(name)).num_parameters() for name in names]
     assert sizes == [pytest.approx(1.3e9, rel=0.05), pytest.approx(0.36e9, rel=0.01)]
+
+
+def test_kernels_that_overlap_are_counted_once() -> None:
+    kernels = [("long", 3.0, 7.0), ("first", 0.0, 5.0), ("hidden", 4.0, 4.5), ("later", 9.0, 10.0)]
+    assert dict(moved_on(kernels)) == {"hidden": 0.5, "first": 0.5, "long": 2.0, "later": 1.0}
 
 
 def test_kernels_by_kind() -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from based.ops.few_rows_linear.decode import side_by_side, weight_of
 from based.ops.few_rows_linear.projections import WIDE
 from based.ops.kernels import overlap
-from based.ops.overlap import let_next_start, only_wait, wait_for_previous
+from based.ops.overlap import let_next_start, only_wait
 from based.ops.tensor_core import dot_add
 
 # Channels of a step, rows of W of a program, most parts, and programs that a Hopper GPU runs
@@ -83,6 +83,7 @@ def _tile_kernel(
     BIAS: tl.constexpr,
     GATED: tl.constexpr,
     WIDTH: tl.constexpr,
+    SLOTS: tl.constexpr,
     COUNT: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -108,10 +109,22 @@ def _tile_kernel(
     weight = weight_of(first_ptr, second_ptr, third_ptr, tile * OUTPUTS, C, N, SECOND, THIRD)
     weight += source[:, None] * C + lane[None, :]
     given = (row < rows)[:, None]
+    # Weights, and a past that only this kernel moves on, are on their way before it waits.
+    if BIAS:
+        shift = tl.load(bias_ptr + n).to(tl.float32)[None, :]
+        if GATED:
+            gate_shift = tl.load(bias_ptr + N + n).to(tl.float32)[None, :]
     if ALONE:
-        wait_for_previous(OVERLAP)
-    else:
-        only_wait(OVERLAP)
+        let_next_start(OVERLAP)
+    if WIDTH > 0:
+        newest_tap = tl.load(taps_ptr + n * WIDTH + WIDTH - 1).to(tl.float32)[None, :]
+    if WIDTH > 1:
+        slot = tl.arange(0, SLOTS)[None, None, :]
+        held, channel = slot < WIDTH - 1, n[None, :, None]
+        taps = tl.load(taps_ptr + channel * WIDTH + slot, mask=held, other=0.0).to(tl.float32)
+        past = past_ptr + (row[:, None, None] * (WIDTH - 1) + slot) * N + channel
+        older = tl.load(past, mask=held & given[:, :, None], other=0.0)
+    only_wait(OVERLAP)
     y = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
     for channel in tl.range(0, SHARE, BLOCK_C, num_stages=STAGES):
         y = dot_add(tl.load(x + channel), tl.trans(tl.load(weight + channel)), y, "tf32")
@@ -120,22 +133,19 @@ def _tile_kernel(
     if GATED:
         y, gate = tl.split(tl.reshape(y, (BLOCK_R, OUTPUTS, 2)))
         if BIAS:
-            gate += tl.load(bias_ptr + N + n).to(tl.float32)[None, :]
+            gate += gate_shift
     if BIAS and part == 0:
-        y += tl.load(bias_ptr + n).to(tl.float32)[None, :]
+        y += shift
     if WIDTH > 0:
-        past = past_ptr + row[:, None] * ((WIDTH - 1) * N) + n[None, :]
         newest = y.to(past_ptr.dtype.element_ty)
-        y = newest.to(tl.float32) * tl.load(taps_ptr + n * WIDTH + WIDTH - 1).to(tl.float32)[None]
-        for back in tl.static_range(WIDTH - 1):
-            older = tl.load(past + back * N, mask=given, other=0.0)
-            y += older.to(tl.float32) * tl.load(taps_ptr + n * WIDTH + back).to(tl.float32)[None]
-            # Slots move down one by one, each after every thread has read what it replaces.
-            tl.debug_barrier()
-            if back > 0:
-                tl.store(past + (back - 1) * N, older, mask=given)
+        y = newest.to(tl.float32) * newest_tap
         if WIDTH > 1:
-            tl.store(past + (WIDTH - 2) * N, newest, mask=given)
+            y += tl.sum(older.to(tl.float32) * taps, axis=2)
+            # Slots move down, once every thread has read what they replace.
+            tl.debug_barrier()
+            tl.store(past - N, older, mask=held & (slot > 0) & given[:, :, None])
+            last = past_ptr + (row[:, None] * (WIDTH - 1) + WIDTH - 2) * N + n[None, :]
+            tl.store(last, newest, mask=given)
         y *= tl.sigmoid(y) * gate
     elif GATED:
         y *= gate * tl.sigmoid(gate)
@@ -204,7 +214,7 @@ def _launch(
     rows_of_w = sum(weight.shape[0] for weight in weights)
     three, second, third = side_by_side(weights, N)
     block_r, share = max(16, 1 << (rows - 1).bit_length()), C // division.parts
-    stages = _stages(x, block_r, min(C, N))
+    stages, width = _stages(x, block_r, min(C, N)), 0 if taps is None else taps.shape[1]
     held = stages * (block_r + division.outputs) * LANES * x.element_size()
     _tile_kernel[(rows_of_w // division.outputs, division.parts)](
         x,
@@ -222,14 +232,15 @@ def _launch(
         THIRD=third,
         BIAS=bias is not None,
         GATED=rows_of_w > N,
-        WIDTH=0 if taps is None else taps.shape[1],
+        WIDTH=width,
+        SLOTS=triton.next_power_of_2(max(1, width - 1)),
         COUNT=counter is not None,
         BLOCK_R=block_r,
         BLOCK_N=division.outputs,
         BLOCK_C=LANES,
         STAGES=stages,
         ALONE=held > HALF,
-        **overlap(x),
+        **overlap(x, reads_state=past is not None),
         **LAUNCH,
     )
 

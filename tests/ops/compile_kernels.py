@@ -251,4 +251,12 @@ if __name__ == "__main__":
         used = made.metadata.shared
         assert used <= room, f"{function.fn.__name__} takes {used} bytes of shared memory"
         assert "cubin" in made.asm
+        before_wait, waits, _ = made.asm["ptx"].partition("griddepcontrol.wait")
+        assert bool(waits) == options.get("OVERLAP", False), "a kernel that never waits"
+        if waits and function.fn.__name__ == "_tile_kernel":
+            assert "cp.async" not in before_wait, "a tile's x is read before the kernel waits"
+        if waits and function.fn.__name__ == "_taylor_step_kernel" and options.get("STAGES"):
+            # Loads of a state are asynchronous; any other but that of `seen` is of a query.
+            early = before_wait.count("ld.global")
+            assert early == (options["RING"] > 0), f"{early} loads before the kernel waits"
     print(len(launches), "launches of", " ".join(sorted(done)))

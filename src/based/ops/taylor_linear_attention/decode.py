@@ -19,7 +19,7 @@ from jaxtyping import Float, Int, Int16
 from torch import Tensor
 
 from based.ops.kernels import overlap
-from based.ops.overlap import let_next_start, wait_for_previous
+from based.ops.overlap import let_next_start, only_wait
 from based.ops.taylor_linear_attention.fold import (
     TILE_FEATURES,
     feature_of,
@@ -103,14 +103,20 @@ def _stream(
     WRITE: tl.constexpr,
     BLOCK_F: tl.constexpr,
     STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
-    """The query's output and its divisor from the state, to which WRITE adds a key first."""
+    """The query's output and its divisor from the state, to which WRITE adds a key first.
+
+    Where it is only read, the first tiles are on their way before the query is waited for.
+    """
     # Summed over the rows of the tile once, at the end.
     above = tl.zeros((BLOCK_F, column.shape[0]), tl.float32)
     below = tl.zeros((BLOCK_F,), tl.float32)
     # Several tiles are on their way at a time.
     for first in tl.range(0, F, BLOCK_F, num_stages=STAGES):
         S, z = _features_of_state(numerator, denominator, first, column, V, F, BLOCK_F)
+        if not WRITE:
+            only_wait(OVERLAP)
         S, z = _number(S), z.to(tl.float32)
         if WRITE:
             feature = first + tl.arange(0, BLOCK_F)
@@ -156,6 +162,29 @@ def _read(
 
 @triton.jit
 @no_type_check
+def _recent(
+    keys,
+    values,
+    place,
+    lane,
+    column,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Which slots of a head's ring hold tokens before the newest, their keys and values."""
+    token = tl.arange(0, BLOCK_R)
+    older = token < place
+    cell = keys + token[:, None] * H * K + lane[None, :]
+    past = tl.load(cell, mask=older[:, None] & (lane < K)[None, :], other=0.0)
+    cell = values + token[:, None] * H * V + column[None, :]
+    kept = tl.load(cell, mask=older[:, None] & (column < V)[None, :], other=0.0)
+    return older, past.to(tl.float32), kept.to(tl.float32)
+
+
+@triton.jit
+@no_type_check
 def _taylor_step_kernel(
     q_ptr,
     k_ptr,
@@ -196,25 +225,25 @@ def _taylor_step_kernel(
         *(numerator_ptr, denominator_ptr, ring_k_ptr, ring_v_ptr, row, head, H, K, V, F, RING)
     )
     let_next_start(OVERLAP)
-    if STAGES > 0:
-        wait_for_previous(OVERLAP)
-    if RING > 0:
-        # The ring's older tokens, and this one, as pairs; nothing here is read back.
-        token = tl.arange(0, BLOCK_R)
-        place = (tl.load(seen_ptr + row) % RING).to(tl.int32)
-        older = token < place
-        cell = keys + token[:, None] * H * K + lane[None, :]
-        past = tl.load(cell, mask=older[:, None] & held[None, :], other=0.0).to(tl.float32)
-        cell = values + token[:, None] * H * V + column[None, :]
-        kept = tl.load(cell, mask=older[:, None] & inside[None, :], other=0.0).to(tl.float32)
-    if STAGES == 0:
-        state, norm = _features_of_state(S, z, 0, column, V, F, BLOCK_F)
-        wait_for_previous(OVERLAP)
-    newest = tl.load(v_ptr + row * v_stride + head * V + column, mask=inside, other=0.0)
-    value = newest.to(tl.float32)
     if RING == 0:
-        above, below = _stream(q, k, value, S, z, column, SCALE, K, V, F, True, BLOCK_F, STAGES)
+        only_wait(OVERLAP)
+        value = tl.load(v_ptr + row * v_stride + head * V + column, mask=inside, other=0.0)
+        value = value.to(tl.float32)
+        above, below = _stream(
+            *(q, k, value, S, z, column, SCALE, K, V, F), True, BLOCK_F, STAGES, OVERLAP
+        )
     else:
+        place = (tl.load(seen_ptr + row) % RING).to(tl.int32)
+        if STAGES == 0:
+            older, past, kept = _recent(keys, values, place, lane, column, H, K, V, BLOCK_R)
+            state, norm = _features_of_state(S, z, 0, column, V, F, BLOCK_F)
+            only_wait(OVERLAP)
+        else:
+            above, below = _stream(
+                *(q, k, 0.0, S, z, column, SCALE, K, V, F), False, BLOCK_F, STAGES, OVERLAP
+            )
+            older, past, kept = _recent(keys, values, place, lane, column, H, K, V, BLOCK_R)
+        newest = tl.load(v_ptr + row * v_stride + head * V + column, mask=inside, other=0.0)
         query = tl.load(q + lane, mask=held, other=0.0).to(tl.float32)
         key = tl.load(k + lane, mask=held, other=0.0)
         tl.store(values + place * H * V + column, newest, mask=inside)
@@ -224,14 +253,10 @@ def _taylor_step_kernel(
         a = tl.where(older, 1.0 + s + 0.5 * s * s, 0.0)
         s = tl.sum(query * key.to(tl.float32)) * SCALE
         own = 1.0 + s + 0.5 * s * s
-        near = tl.sum(a[:, None] * kept, axis=0) + own * value
+        near = tl.sum(a[:, None] * kept, axis=0) + own * newest.to(tl.float32)
         near_below = tl.sum(a) + own
         if STAGES == 0:
             above, below = _read(q, state, norm, S, z, column, SCALE, K, V, F, BLOCK_F)
-        else:
-            above, below = _stream(
-                *(q, k, value, S, z, column, SCALE, K, V, F), False, BLOCK_F, STAGES
-            )
         above += near
         below += near_below
     tl.store(out_ptr + (row * H + head) * V + column, above / below, mask=inside)
@@ -267,7 +292,7 @@ def taylor_step_kernel(
     whole = triton.next_power_of_2(V)
     sizes = {"H": H, "K": K, "V": V, "F": F, "RING": ring}
     wide, long = padded(V), padded(ring)
-    apart = B * H >= MANY
+    apart = ring > 0 and B * H >= MANY
     if not ring:
         tiles = {**WRITE, "BLOCK_V": whole, "BLOCK_R": 1, "FOLDED": 0}
     elif apart:
@@ -294,9 +319,9 @@ def taylor_step_kernel(
         SCALE=K**-0.5,
         BLOCK_K=triton.next_power_of_2(K),
         **sizes,
-        **overlap(q, reads_state=ring > 0 and not apart),
+        **overlap(q, reads_state=ring > 0),
         **tiles,
     )
-    if ring and apart:
+    if apart:
         fold_full_rings(numerator, denominator, recent_keys, recent_values, seen)
     return out

@@ -266,7 +266,8 @@ def _taylor_step_kernel(
             tl.debug_barrier()
             for first in range(0, F, FOLDED):
                 fold_ring(
-                    S, z, keys, values, first, column, True, H, K, V, F, RING, FOLDED, BLOCK_R
+                    *(S, z, keys, values, first, column, True, H, K, V, F, RING, FOLDED, BLOCK_R),
+                    False,
                 )
 
 

@@ -20,6 +20,9 @@ from based.ops.taylor_linear_attention.kernels.states import carry_states, sum_s
 LENGTH = 256
 # Enough programs to fill the largest GPUs, where one walks a strip of segments.
 PROGRAMS = 256
+# Registers of a thread of `attend` where several tiles of features and narrow heads would take
+# more, and a multiprocessor hold fewer programs.
+BOUND: dict[str, int] = {"maxnreg": 128}
 
 
 class States(NamedTuple):
@@ -61,7 +64,7 @@ def _tiles(K: int, V: int, wide: bool) -> Tiles:
         # Several tiles make the loop of the states conditional, and Triton 3.6 pipelines that
         # wrongly: it stays at one stage.
         if V <= 64:
-            attend = {**square, "maxnreg": 128}
+            attend = {**square, **BOUND}
     else:
         states |= {"num_stages": 3, "num_warps": 4 if V <= 64 else 8}
     return Tiles(states, attend, gradients, gradients)

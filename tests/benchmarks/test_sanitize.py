@@ -52,6 +52,23 @@ def test_a_row_says_what_a_tool_found(
     assert row["count"] == bool(report) + (not ends)
 
 
+def test_what_breaks_under_a_tool_is_watched_unoptimised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool = tmp_path / "compute-sanitizer"
+    run = 'test -n "$DISABLE_PTXAS_OPT" || { echo "NaN in d_k"; exit 1; }\nshift 6\nexec "$@"\n'
+    tool.write_text(f"#!/bin/sh\n{run}")
+    tool.chmod(0o755)
+    found = sanitize.watch("decoding", "memcheck", str(tool), minutes=5)
+    assert (found["count"], found["optimised"]) == (0, False)
+    assert found["optimised_ended"] == "NaN in d_k"
+
+
+def test_what_does_not_end_is_ended(tmp_path: Path) -> None:
+    text = sanitize.run_for(["sh", "-c", "echo begun; sleep 60 & sleep 60"], 1 / 60, {})
+    assert text == "begun\n"
+
+
 def test_no_such_part() -> None:
     with pytest.raises(BasedError, match="no part all; parts are hopper,"):
         sanitize.main(sanitize.Options(("all",)))

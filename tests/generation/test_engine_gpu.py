@@ -101,6 +101,7 @@ def test_preemption_changes_no_bit(model) -> None:
     assert same_bits(request, want)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_a_decode_step_never_waits_for_the_device(model) -> None:
     engine = Engine(model, config(slots=4))
     engine.submit(prompt(3), replace(SAMPLED, max_new_tokens=50))

@@ -291,7 +291,7 @@ def test_the_engine_on_kernels_draws_what_the_reference_draws() -> None:
         intermediate_size=24,
         mixers=("gated_convolution", linear, window, "softmax_attention"),
         mixer_options={
-            linear: {"num_heads": 1, "feature_dim": 4},
+            linear: {"num_heads": 1, "feature_dim": 8},
             window: {"num_heads": 1, "window": 3},
             "softmax_attention": {"num_heads": 2, "num_kv_heads": 1},
         },

@@ -266,8 +266,7 @@ def _taylor_step_kernel(
             tl.debug_barrier()
             for first in range(0, F, FOLDED):
                 fold_ring(
-                    *(S, z, keys, values, first, column, True, H, K, V, F, RING, FOLDED, BLOCK_R),
-                    False,
+                    S, z, keys, values, first, column, True, H, K, V, F, RING, FOLDED, BLOCK_R
                 )
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int, Int16
 from torch import Tensor
 
 from based.ops.kernels import overlap
-from based.ops.overlap import let_next_start, only_wait
+from based.ops.overlap import wait_for_previous
 from based.ops.tensor_core import dot, dot_add
 
 # Features of a state that are folded at a time, and values of each; programs that share the work,
@@ -92,25 +92,22 @@ def fold_ring(
     RING: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
     """Adds a head's full ring to some columns of BLOCK_F features of its state.
 
     These begin at number `first`; their share of the denominator is added where it `counts`.
-    With OVERLAP the kernel before may still write the ring when this begins.
     """
     feature, token = first + tl.arange(0, BLOCK_F), tl.arange(0, BLOCK_R)
     real, held, inside = feature < F, token < RING, column < V
     safe = tl.where(real, feature, 0)
     S, z = numerator + feature[:, None] * V + column[None, :], denominator + feature
     present = real[:, None] & inside[None, :]
-    # The state is on its way before what is added to it is there, and made.
+    # The state is on its way before what is added to it is made.
     if numerator.dtype.element_ty == tl.int16:
         before = _joined(S, S + F * V, present)
     else:
         before = tl.load(S, mask=present, other=0.0).to(tl.float32)
     norm = tl.load(z, mask=real, other=0.0).to(tl.float32)
-    only_wait(OVERLAP)
     phi = feature_of(keys + tl.where(held, token, 0)[None, :] * H * K, safe[:, None], K)
     phi = tl.where(held[None, :], phi, 0.0)
     cell = values + token[:, None] * H * V + column[None, :]
@@ -153,7 +150,7 @@ def _fold_kernel(
     PARTS: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
     TILES: tl.constexpr = (F + BLOCK_F - 1) // BLOCK_F * PARTS
     index = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
-    let_next_start(OVERLAP)
+    wait_for_previous(OVERLAP)
     place = tl.load(seen_ptr + index, mask=index < rows, other=0) % RING
     full = (place == RING - 1) & (index < rows)
     order = tl.where(full, tl.cumsum(full.to(tl.int32), 0), 0)
@@ -168,11 +165,8 @@ def _fold_kernel(
         part, first = tile % PARTS, tile // PARTS * BLOCK_F
         column = part * BLOCK_V + tl.arange(0, BLOCK_V)
         fold_ring(
-            *(S, z, keys, values, first, column, part == 0, H, K, V, F, RING, BLOCK_F, BLOCK_R),
-            OVERLAP,
+            *(S, z, keys, values, first, column, part == 0, H, K, V, F, RING, BLOCK_F, BLOCK_R)
         )
-    # Whoever follows takes this one's end for that of all before it.
-    only_wait(OVERLAP)
 
 
 def padded(length: int) -> int:
@@ -207,6 +201,6 @@ def fold_full_rings(
         BLOCK_V=width,
         BLOCK_R=padded(recent_keys.shape[1]),
         BLOCK_B=min(MOST_ROWS, triton.next_power_of_2(B)),
-        **overlap(seen, reads_state=True),
+        **overlap(seen),
         **LAUNCH,
     )

@@ -193,7 +193,7 @@ def decode() -> None:
             cache, q = empty(rows, slots, H, V, dtype=dtype), empty(rows, group * H, V)
             attention_step_kernel(q, heads, heads, cache, cache, seen, turns)
         options = (empty(rows, dtype=F32), seen, empty(rows, dtype=F32), seen, seen, seen)
-        sample_tokens_kernel(empty(rows, 50264), *options, empty(rows, dtype=F32))
+        sample_tokens_kernel(empty(rows, 50264), *options, empty(rows, dtype=torch.float64))
         x = empty(rows, 3584)
         convolution_step_kernel(x, x, empty(3584, 3), empty(rows, 2, 3584))
         step, scale = empty(3584, 16, dtype=F32), empty(3584, dtype=F32)

@@ -39,30 +39,29 @@ class DecodeStep:
         self._model, self._step, self.sizes = model, step, sorted(sizes)
         slots, device = self.sizes[-1], model.device
         self._views = {size: state.narrow(0, size) for size in self.sizes}
-        self.tokens = torch.zeros(slots, dtype=torch.long, device=device)
+        self.drawn = Drawn.empty(slots, device)
+        self.tokens = self.drawn.tokens
         whole = torch.zeros(slots, dtype=torch.long, device=device)
         real = torch.zeros(slots, device=device)
         self.rows = SamplingRows(real, whole, real.clone(), whole.clone(), whole.clone())
-        wide = torch.float64 if model.dtype == torch.float64 else torch.float32
-        self.drawn = Drawn(self.tokens, torch.zeros(slots, dtype=wide, device=device))
         self._logits: dict[int, Tensor] = {}
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         if graphs:
             self._capture()
 
     def run(self, size: int) -> Drawn:
-        """One step of the first `size` rows; what they drew, until the next step."""
+        """One step of the first `size` rows of all; what was drawn, until the next step."""
         if size in self._graphs:
             self._graphs[size].replay()
         else:
             self._run(size)
-        return Drawn(*(column[:size] for column in self.drawn))
+        return self.drawn
 
     @torch.no_grad()
     def _run(self, size: int) -> None:
-        tokens, logprobs = self.drawn
-        self._logits[size] = logits = self._step(tokens[:size], self._views[size])
-        sample_tokens(logits, self.rows.first(size), Drawn(tokens[:size], logprobs[:size]))
+        drawn = self.drawn.first(size)
+        self._logits[size] = logits = self._step(drawn.tokens, self._views[size])
+        sample_tokens(logits, self.rows.first(size), drawn)
 
     def _capture(self) -> None:
         """Captures every size, the largest first, so that all share its memory."""
@@ -126,8 +125,8 @@ class Report:
 
     def __init__(self, drawn: Drawn, owners: dict[int, Generation]) -> None:
         self._owners, self._arrived = owners, None
-        self._columns = [to_host(column) for column in drawn]
-        if drawn.tokens.is_cuda:
+        self._drawn = Drawn(to_host(drawn.bits))
+        if drawn.bits.is_cuda:
             self._arrived = torch.cuda.Event()
             self._arrived.record()
 
@@ -135,7 +134,8 @@ class Report:
         """Waits for the copy; each owner with its token and log-probability."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        tokens, logprobs = (column.tolist() for column in self._columns)
+        drawn = self._drawn.first(1 + max(self._owners, default=-1))
+        tokens, logprobs = drawn.tokens.tolist(), drawn.logprobs.tolist()
         return [(owner, tokens[row], logprobs[row]) for row, owner in self._owners.items()]
 
 

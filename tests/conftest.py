@@ -35,3 +35,13 @@ def _unchecked_soak(request: pytest.FixtureRequest) -> Iterator[None]:
     hook_config.update("jaxtyping_disable", request.node.get_closest_marker("soak") is not None)
     yield
     hook_config.update("jaxtyping_disable", False)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """A long test leaves a dated row of how it ended, with the properties that it recorded."""
+    if report.when == "call" and "soak" in report.keywords and not os.getenv("PYTEST_XDIST_WORKER"):
+        from benchmarks.rows import add_row
+
+        found = {"outcome": report.outcome, **dict(report.user_properties)}
+        row = {**found, "wall_seconds": round(report.duration)}
+        add_row("soak", {"test": report.nodeid}, row)

@@ -91,7 +91,8 @@ def test_two_hundred_random_requests() -> None:
 
 
 @pytest.mark.soak
-def test_ten_thousand_random_requests() -> None:
+def test_ten_thousand_random_requests(record_property) -> None:
+    record_property("requests", 10_000)
     check_requests(10_000, seed=2)
 
 

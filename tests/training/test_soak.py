@@ -14,7 +14,6 @@ from test_training import CPU, Recorder, numbers
 from based.data.prepare import prepare
 from based.training import TrainConfig, Trainer
 from based.training.parallel import join_job
-from benchmarks.rows import add_row
 
 KILLS = 100
 
@@ -60,10 +59,10 @@ def saved(run: Path) -> dict[str, list[int]]:
 
 @pytest.mark.soak
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_a_hundred_kills(tmp_path, size) -> None:
+def test_a_hundred_kills(tmp_path, size, record_property) -> None:
     (tmp_path / "a.txt").write_text("the cat sat on the mat, and the dog saw the cat. " * 400)
     prepare([tmp_path / "a.txt"], tmp_path / "data", 280)
-    chance, newest, began = random.Random(size), 0, time.monotonic()
+    chance, newest = random.Random(size), 0
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     os.environ["TORCH_CPP_LOG_LEVEL"] = "FATAL"
     for _ in range(KILLS):
@@ -81,7 +80,5 @@ def test_a_hundred_kills(tmp_path, size) -> None:
         ranks.run(size, job, tmp_path / "data", run, newest + 10, seconds=1000)
     assert numbers(whole) == numbers(killed)
     assert saved(whole) == saved(killed)
-    seconds = round(time.monotonic() - began)
-    name = f"tests/training/test_soak.py::test_a_hundred_kills[{size}]"
-    found = {"outcome": "passed", "kills": KILLS, "steps": newest, "wall_seconds": seconds}
-    add_row("soak", {"test": name}, found)
+    record_property("kills", KILLS)
+    record_property("steps", newest)

@@ -23,7 +23,9 @@ from rich.console import Console
 
 from benchmarks.rows import add_row
 
-HERE = ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[1]
+# Where pytest finds `benchmarks.outcomes`.
+PLUGIN = str(ROOT)
 # These run wherever they are; on a GPU they are its tests as well.
 ANYWHERE = ("tests/ops/test_decode_kernels.py", "tests/ops/test_few_rows_linear.py")
 
@@ -46,7 +48,7 @@ def run(arguments: list[str], options: Options) -> dict[str, object]:
             **os.environ,
             "BASED_OUTCOMES": str(found),
             "BASED_MINUTES": str(options.minutes),
-            "PYTHONPATH": os.pathsep.join((str(HERE), os.environ.get("PYTHONPATH", ""))),
+            "PYTHONPATH": os.pathsep.join((PLUGIN, os.environ.get("PYTHONPATH", ""))),
         }
         spread = ["-n", str(options.processes), "--dist", "worksteal"]
         command = [sys.executable, "-m", "pytest", "-p", "benchmarks.outcomes", *spread]

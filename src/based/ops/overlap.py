@@ -14,7 +14,7 @@ def let_next_start(OVERLAP: tl.constexpr):
 
 @triton.jit
 def only_wait(OVERLAP: tl.constexpr):
-    """For a kernel beside which the next one would take room from its programs."""
+    """Where a kernel that has read ahead goes on, or one that lets the next start later waits."""
     if OVERLAP:
         gdc_wait()
 

@@ -27,9 +27,11 @@ LANES, TILES, MOST_PARTS, PROGRAMS = 64, (64, 32), 8, 132
 # Steps in flight: where shared memory holds six, and elsewhere. A wide residual stream is faster
 # with as many, by rows, as leave a multiprocessor to one program.
 DEEP, SHALLOW, LAUNCH = 6, 3, {"num_warps": 4}
-DEEPER = {16: 6, 32: 12, 64: 8, 128: 7}
+DEEPER = {16: 12, 32: 10, 64: 8, 128: 7}
 # Bytes of shared memory of half a multiprocessor.
 HALF = 113 * 1024
+# Tensor cores want 64 rows of a product: so many outputs are its rows where x has at most these.
+WHOLE, TURN = 64, 32
 
 
 class Division(NamedTuple):
@@ -89,6 +91,7 @@ def _tile_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     STAGES: tl.constexpr,
+    TURNED: tl.constexpr,
     ALONE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
@@ -125,9 +128,15 @@ def _tile_kernel(
         past = past_ptr + (row[:, None, None] * (WIDTH - 1) + slot) * N + channel
         older = tl.load(past, mask=held & given[:, :, None], other=0.0)
     only_wait(OVERLAP)
-    y = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
-    for channel in tl.range(0, SHARE, BLOCK_C, num_stages=STAGES):
-        y = dot_add(tl.load(x + channel), tl.trans(tl.load(weight + channel)), y, "tf32")
+    if TURNED:
+        y = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+        for channel in tl.range(0, SHARE, BLOCK_C, num_stages=STAGES):
+            y = dot_add(tl.load(weight + channel), tl.trans(tl.load(x + channel)), y, "tf32")
+        y = tl.trans(y)
+    else:
+        y = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
+        for channel in tl.range(0, SHARE, BLOCK_C, num_stages=STAGES):
+            y = dot_add(tl.load(x + channel), tl.trans(tl.load(weight + channel)), y, "tf32")
     if not ALONE:
         let_next_start(OVERLAP)
     if GATED:
@@ -239,6 +248,7 @@ def _launch(
         BLOCK_N=division.outputs,
         BLOCK_C=LANES,
         STAGES=stages,
+        TURNED=block_r <= TURN and division.outputs >= WHOLE,
         ALONE=held > HALF,
         **overlap(x, reads_state=past is not None),
         **LAUNCH,

@@ -296,9 +296,12 @@ def measured(headings: list[str], body: list[list[str]], rows: list[dict]) -> st
 
 
 def measured_on(*rows: dict) -> str:
-    """Device, versions, commits and days of the rows."""
-    found = [" and ".join(dict.fromkeys(row[name] for row in rows)) for name in ("commit", "date")]
-    return f"{rows[0]['device']}, torch {rows[0]['torch']}, commit {found[0]}, {found[1]}."
+    """Devices, versions, commits and days of the rows."""
+    device, torch, commit, date = (
+        " and ".join(dict.fromkeys(row[name] for row in rows))
+        for name in ("device", "torch", "commit", "date")
+    )
+    return f"{device}, torch {torch}, commit {commit}, {date}."
 
 
 TABLES: dict[str, Callable[[], str]] = {

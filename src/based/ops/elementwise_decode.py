@@ -9,10 +9,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from based.ops.kernels import overlap
-from based.ops.overlap import wait_for_previous
+from based.ops.overlap import let_next_start, only_wait, wait_for_previous
 
 BLOCK = 1024
-NORM, SWIGLU = {"num_warps": 8}, {"BLOCK_C": BLOCK, "num_warps": 4}
+SWIGLU = {"BLOCK_C": BLOCK, "num_warps": 4}
+# Channels of a warp in a norm: as many as one load of each of its threads brings.
+OF_WARP, MOST_WARPS = 128, 16
 
 
 @triton.jit
@@ -27,21 +29,25 @@ def _add_rms_norm_kernel(
     stride,
     eps,
     PARTS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     start = tl.program_id(0).to(tl.int64) * channels
     channel = tl.arange(0, BLOCK_C)
     real = channel < channels
-    wait_for_previous(OVERLAP)
+    let_next_start(OVERLAP)
+    weight = tl.load(weight_ptr + channel, mask=real, other=0.0).to(tl.float32)
+    only_wait(OVERLAP)
     x = tl.load(x_ptr + start + channel, mask=real, other=0.0)
-    for part in tl.static_range(PARTS):
-        added = branch_ptr + part * stride + start + channel
-        x += tl.load(added, mask=real, other=0.0).to(tl.float32)
     if PARTS > 0:
+        # One load, so that no part waits for another.
+        part = tl.arange(0, BLOCK_P)[:, None]
+        cell = branch_ptr + part * stride + start + channel[None, :]
+        added = tl.load(cell, mask=(part < PARTS) & real[None, :], other=0.0)
+        x += tl.sum(added.to(tl.float32), axis=0)
         tl.store(sum_ptr + start + channel, x, mask=real)
     scale = tl.rsqrt(tl.sum(x * x) / channels + eps)
-    weight = tl.load(weight_ptr + channel, mask=real, other=0.0).to(tl.float32)
     tl.store(normed_ptr + start + channel, x * scale * weight, mask=real)
 
 
@@ -55,6 +61,8 @@ def add_rms_norm_kernel(
     rows, channels = x.shape
     total = x if branch is None else torch.empty_like(x)
     normed = torch.empty_like(x, dtype=weight.dtype)
+    parts = 0 if branch is None else branch.numel() // x.numel()
+    block_c = triton.next_power_of_2(channels)
     _add_rms_norm_kernel[(rows,)](
         x,
         x if branch is None else branch,
@@ -64,10 +72,11 @@ def add_rms_norm_kernel(
         channels,
         rows * channels,
         eps,
-        PARTS=0 if branch is None else branch.numel() // x.numel(),
-        BLOCK_C=triton.next_power_of_2(channels),
+        PARTS=parts,
+        BLOCK_P=triton.next_power_of_2(max(1, parts)),
+        BLOCK_C=block_c,
         **overlap(x),
-        **NORM,
+        num_warps=min(MOST_WARPS, max(1, block_c // OF_WARP)),
     )
     return total, normed
 

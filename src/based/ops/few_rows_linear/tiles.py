@@ -30,8 +30,9 @@ DEEP, SHALLOW, LAUNCH = 6, 3, {"num_warps": 4}
 DEEPER = {16: 12, 32: 10, 64: 8, 128: 7}
 # Bytes of shared memory of half a multiprocessor.
 HALF = 113 * 1024
-# Tensor cores want 64 rows of a product: so many outputs are its rows where x has at most these.
-WHOLE, TURN = 64, 32
+# Tensor cores want 64 rows of a product: outputs are its rows where x is padded to these, or, as
+# parts of a sum, to these.
+WHOLE, TURNED, TURNED_PARTS = 64, (16, 32), (16, 32, 128)
 
 
 class Division(NamedTuple):
@@ -224,6 +225,7 @@ def _launch(
     three, second, third = side_by_side(weights, N)
     block_r, share = max(16, 1 << (rows - 1).bit_length()), C // division.parts
     stages, width = _stages(x, block_r, min(C, N)), 0 if taps is None else taps.shape[1]
+    turned = block_r in (TURNED_PARTS if division.parts > 1 else TURNED)
     held = stages * (block_r + division.outputs) * LANES * x.element_size()
     _tile_kernel[(rows_of_w // division.outputs, division.parts)](
         x,
@@ -248,7 +250,7 @@ def _launch(
         BLOCK_N=division.outputs,
         BLOCK_C=LANES,
         STAGES=stages,
-        TURNED=block_r <= TURN and division.outputs >= WHOLE,
+        TURNED=turned and division.outputs >= WHOLE,
         ALONE=held > HALF,
         **overlap(x, reads_state=past is not None),
         **LAUNCH,

@@ -88,6 +88,12 @@ def read_rows(name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def of_device(rows: list[dict[str, Any]], device: str | None = None) -> list[dict[str, Any]]:
+    """Rows of one device; by default of the last row's, so of what was measured last."""
+    wanted = device or (rows[-1]["device"] if rows else None)
+    return [row for row in rows if row["device"] == wanted]
+
+
 def newest(rows: list[dict[str, Any]], *names: str) -> list[dict[str, Any]]:
     """Of rows that agree in these fields, the one that was written last."""
     found = {tuple(row.get(name) for name in names): row for row in rows}

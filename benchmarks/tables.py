@@ -14,7 +14,7 @@ from benchmarks import recall_tables, speeds
 from benchmarks import scaling as scaling_benchmark
 from benchmarks import training as training_benchmark
 from benchmarks.generation_plot import usual_rounds
-from benchmarks.rows import newest, read_rows
+from benchmarks.rows import newest, of_device, read_rows
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -128,7 +128,17 @@ def prefill() -> str:
 
 def generation() -> str:
     """Rounds of the engine as users have it: rows of other choices are in the file alone."""
-    rows = [row for row in usual_rounds() if row["batch"] in SHOWN_BATCHES]
+    return rounds([row for row in usual_rounds() if row["batch"] in SHOWN_BATCHES])
+
+
+def other_devices() -> str:
+    """The same on devices other than the one measured last, a table each."""
+    rows = read_rows("generation")
+    devices = dict.fromkeys(row["device"] for row in rows if row["device"] != rows[-1]["device"])
+    return "\n\n".join(rounds(usual_rounds(device)) for device in devices)
+
+
+def rounds(rows: list[dict]) -> str:
     rows.sort(key=lambda row: (row["model"], row["context"], row["batch"]))
     body = [
         [
@@ -149,7 +159,7 @@ def generation() -> str:
 def whole_requests() -> str:
     """Prompts read and answers generated, ours and others."""
     systems = {"generate": "our engine", "huggingface": "transformers", "mamba": "mamba-ssm"}
-    rows = [row for row in read_rows("generation") if row["piece"] in systems]
+    rows = [row for row in of_device(read_rows("generation")) if row["piece"] in systems]
     rows = newest(rows, "piece", "model", "batch", "tokens")
     body = [
         [
@@ -168,7 +178,7 @@ def whole_requests() -> str:
 
 def decode_profile() -> str:
     """GPU time of a step by kind of kernel."""
-    rows = [row for row in read_rows("generation") if row["piece"] == "profile"]
+    rows = [row for row in of_device(read_rows("generation")) if row["piece"] == "profile"]
     rows = newest(rows, "model", "batch")
     rows.sort(key=lambda row: (row["model"], row["batch"]))
     floors = {(row["model"], row["batch"]): row["floor_ms"] for row in usual_rounds()}
@@ -313,6 +323,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "convolutions": convolutions,
     "prefill": prefill,
     "generation": generation,
+    "other_devices": other_devices,
     "whole_requests": whole_requests,
     "decode_profile": decode_profile,
     "quantization": quantization,

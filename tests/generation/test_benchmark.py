@@ -7,7 +7,8 @@ import pytest
 from based.errors import BasedError
 from based.ops import kernels
 from based.ops.few_rows_linear import projections
-from benchmarks import floors, generation, rows
+from benchmarks import floors, generation, rows, tables
+from benchmarks.generation_plot import usual_rounds
 
 
 @pytest.fixture
@@ -39,6 +40,18 @@ def test_decode_at_a_context_resumes_and_is_drawn(bench, monkeypatch) -> None:
     assert bench(*command) == got
     path = generation.draw()
     assert path.stat().st_size > 10_000
+
+
+def test_each_device_has_a_table_of_its_own(bench, monkeypatch) -> None:
+    command = ["decode", "--models", "based-tiny", "--batches", "1"]
+    command += ["--contexts", "1024", "--tokens", "2"]
+    for device in ("an older GPU", "a GPU"):
+        monkeypatch.setattr(rows, "device_name", lambda device=device: device)
+        bench(*command)
+    assert [row["device"] for row in usual_rounds()] == ["a GPU"]
+    assert [row["device"] for row in usual_rounds("an older GPU")] == ["an older GPU"]
+    for table, device in ((tables.generation, "a GPU"), (tables.other_devices, "an older GPU")):
+        assert f"\n\n{device}, torch" in table()
 
 
 def test_ablations_and_profiles_are_rows_of_their_own(bench, monkeypatch) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.rows import RESULTS, newest, of_device, read_rows
+from benchmarks.rows import RESULTS, device_rows, newest
 
 Row = dict[str, Any]
 # Rows of other choices are in the file, not in the curves.
@@ -23,8 +23,7 @@ def is_usual(row: Row) -> bool:
 
 def usual_rounds(device: str | None = None) -> list[Row]:
     """Rounds of the engine as users have it, on one device, the newest of each size."""
-    found = of_device(read_rows("generation"), device)
-    rows = [row for row in found if "tokens_per_second" in row]
+    rows = [row for row in device_rows("generation", device) if "tokens_per_second" in row]
     rounds = [row for row in rows if row["piece"] == "decode" and is_usual(row)]
     return newest(rounds, "model", "context", "batch")
 

@@ -35,7 +35,7 @@ from based.ops import kernels
 from based.ops.sliding_window_attention import blocked, sliding_window_attention
 from based.ops.taylor_linear_attention import num_features, taylor_linear_attention
 from benchmarks import pointwise, recurrences, thunderkittens
-from benchmarks.rows import RESULTS, add_row, device_name, has_row, read_rows
+from benchmarks.rows import RESULTS, add_row, device_name, device_rows, has_row
 from benchmarks.timing import Case, Cells, Function, Rates, compiled, draw, rates, rows_of
 
 FEATURE_DIM, CHUNK = 16, 128
@@ -210,7 +210,7 @@ def main() -> None:
             if values is not None:
                 add_row("kernels", key, {**values, **found})
             torch.cuda.empty_cache()
-    rows = [row for row in read_rows("kernels") if row["device"] == device_name()]
+    rows = device_rows("kernels", device_name())
     show([row for row in rows if row["op"] in options.ops])
     if "taylor_linear_attention" in options.ops:
         plot(rows)

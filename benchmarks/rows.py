@@ -88,8 +88,9 @@ def read_rows(name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def of_device(rows: list[dict[str, Any]], device: str | None = None) -> list[dict[str, Any]]:
-    """Rows of one device; by default of the last row's, so of what was measured last."""
+def device_rows(name: str, device: str | None = None) -> list[dict[str, Any]]:
+    """Rows of NAME.jsonl of one device; by default of the last row's, so the newest."""
+    rows = read_rows(name)
     wanted = device or (rows[-1]["device"] if rows else None)
     return [row for row in rows if row["device"] == wanted]
 

@@ -14,7 +14,7 @@ from benchmarks import recall_tables, speeds
 from benchmarks import scaling as scaling_benchmark
 from benchmarks import training as training_benchmark
 from benchmarks.generation_plot import usual_rounds
-from benchmarks.rows import newest, of_device, read_rows
+from benchmarks.rows import device_rows, newest, read_rows
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -33,7 +33,7 @@ def markdown(headings: list[str], rows: list[list[str]]) -> str:
 
 
 def decoding() -> str:
-    rows = read_rows("decoding")
+    rows = device_rows("decoding")
     body = [
         [
             row["model"],
@@ -55,7 +55,7 @@ def decoding() -> str:
 
 
 def taylor_cpu() -> str:
-    rows = read_rows("taylor_cpu")
+    rows = device_rows("taylor_cpu")
     body = [
         [
             row["form"],
@@ -95,7 +95,7 @@ def convolutions() -> str:
 
 def side_by_side(op: str, sizes: dict[str, str], names: tuple[str, ...], digits: int = 2) -> str:
     """Milliseconds by `sizes`, headings and fields, of the rows' newest commit alone."""
-    rows = [row for row in read_rows("kernels") if row["op"] == op]
+    rows = [row for row in device_rows("kernels") if row["op"] == op]
     rows = [row for row in rows if row["commit"] == rows[-1]["commit"]]
     times: dict[tuple, dict[str, float]] = {}
     for row in rows:
@@ -112,7 +112,7 @@ def side_by_side(op: str, sizes: dict[str, str], names: tuple[str, ...], digits:
 
 
 def prefill() -> str:
-    rows = sorted(read_rows("prefill"), key=lambda row: (row["model"], row["length"]))
+    rows = sorted(device_rows("prefill"), key=lambda row: (row["model"], row["length"]))
     body = [
         [
             row["model"],
@@ -159,7 +159,7 @@ def rounds(rows: list[dict]) -> str:
 def whole_requests() -> str:
     """Prompts read and answers generated, ours and others."""
     systems = {"generate": "our engine", "huggingface": "transformers", "mamba": "mamba-ssm"}
-    rows = [row for row in of_device(read_rows("generation")) if row["piece"] in systems]
+    rows = [row for row in device_rows("generation") if row["piece"] in systems]
     rows = newest(rows, "piece", "model", "batch", "tokens")
     body = [
         [
@@ -178,7 +178,7 @@ def whole_requests() -> str:
 
 def decode_profile() -> str:
     """GPU time of a step by kind of kernel."""
-    rows = [row for row in of_device(read_rows("generation")) if row["piece"] == "profile"]
+    rows = [row for row in device_rows("generation") if row["piece"] == "profile"]
     rows = newest(rows, "model", "batch")
     rows.sort(key=lambda row: (row["model"], row["batch"]))
     floors = {(row["model"], row["batch"]): row["floor_ms"] for row in usual_rounds()}
@@ -196,7 +196,7 @@ def decode_profile() -> str:
 
 
 def quantization() -> str:
-    rows = read_rows("quantization")
+    rows = device_rows("quantization")
     body = [
         [
             row["weights"],
@@ -210,7 +210,7 @@ def quantization() -> str:
 
 
 def _training_rows() -> list[dict]:
-    rows = newest(read_rows("training"), "model", "length")
+    rows = newest(device_rows("training"), "model", "length")
     return speeds.in_order(rows, training_benchmark.MODELS)
 
 
@@ -254,7 +254,7 @@ def training_profile() -> str:
 
 
 def scaling() -> str:
-    rows = newest(read_rows("scaling"), "piece", "model", "gpus")
+    rows = newest(device_rows("scaling"), "piece", "model", "gpus")
     rows.sort(key=lambda row: (row["piece"], row["model"], row["gpus"]))
     body = [
         [
@@ -273,7 +273,7 @@ def scaling() -> str:
 
 def recall_speed() -> str:
     """Seconds a configuration, ours beside the official trainer's."""
-    rows = read_rows("recall")
+    rows = device_rows("recall")
     theirs = {row["point"]: row for row in rows if row["what"] == "zoology"}
     ours = [row for row in rows if row["what"] == "ours" and row["point"] in theirs]
     body = []

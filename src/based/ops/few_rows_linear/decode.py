@@ -15,7 +15,7 @@ from torch import Tensor
 
 from based.ops.few_rows_linear.weights import rows_of
 from based.ops.kernels import overlap
-from based.ops.overlap import let_next_start, wait_for_previous
+from based.ops.overlap import let_next_start, only_wait
 from based.ops.tensor_core import INTERPRETED
 
 # Rows of W that a program holds, all in flight at once, and its warps; and how many numbers at
@@ -154,7 +154,7 @@ def _linear_kernel(
     if WIDTH > 0:
         tap = real[:, None] & (slot < WIDTH)[None, :]
         taps = tl.load(taps_ptr + n[:, None] * WIDTH + slot[None, :], mask=tap, other=0.0)
-    wait_for_previous(OVERLAP)
+    only_wait(OVERLAP)
     where = row[:, None] * C + lane[None, :]
     held = given[:, None] & inside[None, :]
     x = tl.load(x_ptr + where, mask=held, other=0.0).to(tl.float32)

@@ -30,9 +30,9 @@ DEEP, SHALLOW, LAUNCH = 6, 3, {"num_warps": 4}
 DEEPER = {16: 12, 32: 10, 64: 8, 128: 7}
 # Bytes of shared memory of half a multiprocessor.
 HALF = 113 * 1024
-# Tensor cores want 64 rows of a product: outputs are its rows where x is padded to these, or, as
-# parts of a sum, to these.
-WHOLE, TURNED, TURNED_PARTS = 64, (16, 32), (16, 32, 128)
+# Rows of a product that tensor cores want, and to how many x is padded where outputs are these:
+# elsewhere, and where they are parts of a sum.
+WHOLE, FEW, FEW_OF_PARTS = 64, (16, 32), (16, 32, 128)
 
 
 class Division(NamedTuple):
@@ -130,14 +130,14 @@ def _tile_kernel(
         older = tl.load(past, mask=held & given[:, :, None], other=0.0)
     only_wait(OVERLAP)
     if TURNED:
-        y = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
-        for channel in tl.range(0, SHARE, BLOCK_C, num_stages=STAGES):
-            y = dot_add(tl.load(weight + channel), tl.trans(tl.load(x + channel)), y, "tf32")
-        y = tl.trans(y)
+        left, right = weight, x
     else:
-        y = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
-        for channel in tl.range(0, SHARE, BLOCK_C, num_stages=STAGES):
-            y = dot_add(tl.load(x + channel), tl.trans(tl.load(weight + channel)), y, "tf32")
+        left, right = x, weight
+    y = tl.zeros((left.shape[0], right.shape[0]), tl.float32)
+    for channel in tl.range(0, SHARE, BLOCK_C, num_stages=STAGES):
+        y = dot_add(tl.load(left + channel), tl.trans(tl.load(right + channel)), y, "tf32")
+    if TURNED:
+        y = tl.trans(y)
     if not ALONE:
         let_next_start(OVERLAP)
     if GATED:
@@ -225,7 +225,7 @@ def _launch(
     three, second, third = side_by_side(weights, N)
     block_r, share = max(16, 1 << (rows - 1).bit_length()), C // division.parts
     stages, width = _stages(x, block_r, min(C, N)), 0 if taps is None else taps.shape[1]
-    turned = block_r in (TURNED_PARTS if division.parts > 1 else TURNED)
+    turned = block_r in (FEW_OF_PARTS if division.parts > 1 else FEW)
     held = stages * (block_r + division.outputs) * LANES * x.element_size()
     _tile_kernel[(rows_of_w // division.outputs, division.parts)](
         x,

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from based.ops.kernels import overlap
-from based.ops.overlap import let_next_start, wait_for_previous
+from based.ops.overlap import let_next_start, only_wait, wait_for_previous
 from based.ops.tensor_core import dot, dot_add
 
 TILE = {"BLOCK_S": 16, "STAGES": 3, "num_warps": 2}
@@ -153,7 +153,7 @@ def _window_step_kernel(
     place, past, own, other = _place(seen_ptr, frequencies, row, slots, lane, R)
     base = row * slots * (G * D) + head * D
     k, v, real = _tile(keys_ptr, values_ptr, 0, past, place, base, lane, G, D, BLOCK_S)
-    wait_for_previous(OVERLAP)
+    only_wait(OVERLAP)
     key, value = _new_token(
         *(k_ptr, v_ptr, row, head, k_stride, v_stride, lane, own, other),
         *(keys_ptr.dtype.element_ty, D, R),

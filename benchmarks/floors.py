@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from based.generation import Engine
 from based.mixers import State
 from based.models import Decoder
-from based.ops.elementwise import Residual
-from based.ops.few_rows_linear import linear, norm_linear_swiglu
+from based.ops.few_rows_linear import Residual, linear, norm_linear_swiglu
 from based.ops.few_rows_linear.projections import MOST_ROWS
 from based.ops.few_rows_linear.weights import rows_of
 from based.ops.gated_short_convolution import gated_short_convolution_step
@@ -156,7 +155,13 @@ def _products(batch: int, D: int, dtype: torch.dtype, gated: bool) -> Made:
     inner, moved = torch.randn(batch, hidden, dtype=dtype), float(layers[0].weight.nbytes)
     if gated:
         return lambda: norm_linear_swiglu(residual, next(turn))[1], moved
-    return lambda: linear(inner, next(turn)), moved
+
+    def back() -> Tensor:
+        y = linear(inner, next(turn))
+        assert isinstance(y, Tensor)  # of few rows
+        return y
+
+    return back, moved
 
 
 KERNELS: dict[str, Callable[[int, int, torch.dtype], Made]] = {

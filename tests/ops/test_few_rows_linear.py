@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from based.generation.quantization import decode_step, quantize_weights
 from based.models import Decoder, DecoderConfig, DecoderState
 from based.ops import few_rows_linear
-from based.ops.elementwise import Residual, add_rms_norm
-from based.ops.few_rows_linear import decode
+from based.ops.elementwise import add_rms_norm
+from based.ops.few_rows_linear import Residual, decode
 from based.ops.few_rows_linear.tiles import divide, whole_tile
 from based.ops.gated_short_convolution.reference import gated_short_convolution_reference
 

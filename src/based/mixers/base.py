@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from based.errors import BasedError
 from based.mixers import packing
 from based.mixers.state import State
-from based.ops.elementwise import Residual, add_rms_norm
+from based.ops.few_rows_linear import Projected, Residual
 
 
 class TensorSpec(NamedTuple):
@@ -68,12 +68,12 @@ class Mixer(nn.Module, ABC):
 
     def step_residual(
         self, residual: Residual, state: State
-    ) -> tuple[Float[Tensor, "B C"], Float[Tensor, "*S B C"]]:
-        """The residual's sum, and `step` of its norm, perhaps as parts of a sum.
+    ) -> tuple[Float[Tensor, "B C"], Float[Tensor, "*S B C"] | Projected]:
+        """The residual's sum, and `step` of its norm, perhaps as parts of a sum, or not projected.
 
         Overridden where the norm, or the next one, can join the kernels of the step.
         """
-        x, normed = add_rms_norm(*residual)
+        x, normed = residual.normed()
         return x, self.step(normed, state)
 
     def mix_packed(

@@ -7,8 +7,13 @@ from torch.nn import functional as F
 
 from based.mixers.base import Mixer, TensorSpec, at_least_one
 from based.mixers.state import State
-from based.ops.elementwise import Residual
-from based.ops.few_rows_linear import linear, linear_convolution, norm_linear_convolution
+from based.ops.few_rows_linear import (
+    Projected,
+    Residual,
+    linear,
+    linear_convolution,
+    norm_linear_convolution,
+)
 from based.ops.gated_short_convolution import gated_short_convolution
 
 
@@ -69,7 +74,7 @@ class GatedConvolution(Mixer):
 
     def step_residual(
         self, residual: Residual, state: State
-    ) -> tuple[Float[Tensor, "B C"], Float[Tensor, "*S B C"]]:
+    ) -> tuple[Float[Tensor, "B C"], Float[Tensor, "*S B C"] | Projected]:
         convolution = self.conv_weight, state["inputs"]
         x, y = norm_linear_convolution(residual, self.in_proj, *convolution)
         return x, linear(y, self.out_proj)

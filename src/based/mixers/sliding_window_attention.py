@@ -6,8 +6,7 @@ from torch import Tensor, nn
 
 from based.mixers.base import Mixer, TensorSpec, at_least_one, probability, split_heads
 from based.mixers.state import State
-from based.ops.elementwise import Residual
-from based.ops.few_rows_linear import linear, norm_linears
+from based.ops.few_rows_linear import Projected, Residual, linear, norm_linears
 from based.ops.packed import positions
 from based.ops.rotary import frequencies_on, rotate
 from based.ops.sliding_window_attention import attention_step, sliding_window_attention
@@ -80,7 +79,7 @@ class SlidingWindowAttention(Mixer):
 
     def step_residual(
         self, residual: Residual, state: State
-    ) -> tuple[Float[Tensor, "B C"], Float[Tensor, "*S B C"]]:
+    ) -> tuple[Float[Tensor, "B C"], Float[Tensor, "*S B C"] | Projected]:
         x, (qkv,) = norm_linears(residual, [self.qkv_proj])
         out = self._step(qkv, state)
         return x, linear(out, self.out_proj, counter=state["length"])

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from based.mixers.base import Mixer, TensorSpec, probability, split_heads
 from based.mixers.paging import append, grow, paged
 from based.mixers.state import State
-from based.ops.elementwise import Residual
-from based.ops.few_rows_linear import linear, norm_linears
+from based.ops.few_rows_linear import Projected, Residual, linear, norm_linears
 from based.ops.rotary import frequencies_on, rotate
 from based.ops.sliding_window_attention import attention_step
 from based.ops.softmax_attention import softmax_attention
@@ -82,7 +81,7 @@ class SoftmaxAttention(Mixer):
 
     def step_residual(
         self, residual: Residual, state: State
-    ) -> tuple[Float[Tensor, "B C"], Float[Tensor, "*S B C"]]:
+    ) -> tuple[Float[Tensor, "B C"], Float[Tensor, "*S B C"] | Projected]:
         x, (qkv,) = norm_linears(residual, [self.qkv_proj])
         out = self._step(qkv, state)
         return x, linear(out, self.out_proj, counter=state["length"])

@@ -6,8 +6,7 @@ from torch import Tensor, nn
 
 from based.mixers.base import Mixer, TensorSpec, at_least_one, split_heads
 from based.mixers.state import State
-from based.ops.elementwise import Residual
-from based.ops.few_rows_linear import linear, norm_linears
+from based.ops.few_rows_linear import Projected, Residual, linear, norm_linears
 from based.ops.taylor_linear_attention import (
     fold_recent,
     join_halves,
@@ -105,7 +104,7 @@ class TaylorLinearAttention(Mixer):
 
     def step_residual(
         self, residual: Residual, state: State
-    ) -> tuple[Float[Tensor, "B C"], Float[Tensor, "*S B C"]]:
+    ) -> tuple[Float[Tensor, "B C"], Float[Tensor, "*S B C"] | Projected]:
         x, heads = norm_linears(residual, [self.q_proj, self.k_proj, self.v_proj])
         out = self._step(self._split(heads), state)
         return x, linear(out, self.out_proj, counter=state.get("seen"))

@@ -18,8 +18,14 @@ from torch.utils.checkpoint import checkpoint
 from based.mixers import Mixer, State, build_mixer
 from based.mixers.packing import Packing
 from based.models.config import DecoderConfig
-from based.ops.elementwise import Residual, add_rms_norm
-from based.ops.few_rows_linear import fuses, linear, norm_linear, norm_linear_swiglu
+from based.ops.few_rows_linear import (
+    Projected,
+    Residual,
+    fuses,
+    linear,
+    norm_linear,
+    norm_linear_swiglu,
+)
 from based.ops.kernels import one_step
 from based.ops.linear_cross_entropy import linear_cross_entropy
 from based.ops.rotary import frequencies_on
@@ -58,7 +64,9 @@ class RMSNorm(nn.Module):
         weight = self.weight.to(x.dtype)
         return F.rms_norm(x, weight.shape, weight, self.eps).to(self.weight.dtype)
 
-    def of(self, x: Float[Tensor, "B C"], branch: Float[Tensor, "*S B C"] | None) -> Residual:
+    def of(
+        self, x: Float[Tensor, "B C"], branch: Float[Tensor, "*S B C"] | Projected | None
+    ) -> Residual:
         """This norm of x + branch, to be computed by the kernel that needs it."""
         return Residual(x, branch, self.weight, self.eps)
 
@@ -76,7 +84,9 @@ class SwiGLU(nn.Module):
         value, gate = self.fc1(x).chunk(2, dim=-1)
         return self.fc2(value * F.silu(gate))
 
-    def step(self, residual: Residual) -> tuple[Float[Tensor, "B C"], Float[Tensor, "*S B C"]]:
+    def step(
+        self, residual: Residual
+    ) -> tuple[Float[Tensor, "B C"], Float[Tensor, "*S B C"] | Projected]:
         """One token a row: the residual's sum, and this of its norm. No gradients."""
         x, hidden = norm_linear_swiglu(residual, self.fc1)
         return x, linear(hidden, self.fc2)
@@ -106,12 +116,15 @@ class Block(nn.Module):
         return self._mlp(x + mixed), state
 
     def step(
-        self, x: Float[Tensor, "B C"], branch: Float[Tensor, "*S B C"] | None, state: State
-    ) -> tuple[Float[Tensor, "B C"], Float[Tensor, "*S B C"]]:
+        self,
+        x: Float[Tensor, "B C"],
+        branch: Float[Tensor, "*S B C"] | Projected | None,
+        state: State,
+    ) -> tuple[Float[Tensor, "B C"], Float[Tensor, "*S B C"] | Projected]:
         """One token for every row; changes the state in place.
 
         The residual stream comes and goes as a sum, x + branch, that the next norm adds up;
-        the branch may itself be parts of a sum.
+        the branch may itself be parts of a sum, or before its projection.
         """
         x, mixed = self.mixer.step_residual(self.mixer_norm.of(x, branch), state)
         return self.mlp.step(self.mlp_norm.of(x, mixed)) if self.has_mlp else (x, mixed)
@@ -132,7 +145,7 @@ class Decoder(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config, mixer) for mixer in config.mixers)
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self._step_block: Callable[..., tuple[Tensor, Tensor]] = Block.step
+        self._step_block: Callable[..., tuple[Tensor, Tensor | Projected]] = Block.step
         self._compiled_above = 0
         self.init_weights()
 
@@ -265,12 +278,12 @@ class Decoder(nn.Module):
         residual = self._step_blocks(tokens, state)
         if residual.x.shape[0] and fuses(residual):
             return norm_linear(residual, [self.embedding.weight])[1]
-        return self.logits(add_rms_norm(*residual)[1])
+        return self.logits(residual.normed()[1])
 
     @torch.no_grad()
     def step_hidden(self, tokens: Int[Tensor, " B"], state: DecoderState) -> Float[Tensor, "B C"]:
         """As `step`, but returns the final hidden states, ready for `logits`."""
-        return add_rms_norm(*self._step_blocks(tokens, state))[1]
+        return self._step_blocks(tokens, state).normed()[1]
 
     def _step_blocks(self, tokens: Tensor, state: DecoderState) -> Residual:
         x, branch = self._embed(tokens), None

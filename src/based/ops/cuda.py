@@ -9,6 +9,7 @@ import ctypes
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,7 +19,11 @@ from based.ops.fallback import warn_once
 OPTIONS = (b"--gpu-architecture=sm_90a", b"--std=c++17")
 # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 SHARED_SIZE = 8
-Argument = Tensor | int | float
+# CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION, CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+CLUSTER, PROGRAMMATIC = 4, 6
+# CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B
+BFLOAT16, SWIZZLE_128B, PROMOTION_256B = 9, 3, 3
+Argument = Tensor | int | float | ctypes.Array
 
 
 def source_of(
@@ -42,7 +47,11 @@ def header() -> str:
 
 
 def wgmma_wrappers(n: int) -> str:
-    """add_<n>: d += a b; start_<n>: d = a b. a is 64 x 16 in registers, b 16 x n, described."""
+    """Products of one warpgroup: a is 64 x 16, b 16 x n and described.
+
+    add_<n>: d += a b, start_<n>: d = a b, a in registers. multiply_<n>: either, as `add` says,
+    a described, neither transposed.
+    """
     registers = ", ".join(f"%{i}" for i in range(n // 2))
     left = ", ".join(f"%{n // 2 + i}" for i in range(4))
     made = []
@@ -57,6 +66,15 @@ def wgmma_wrappers(n: int) -> str:
             f'        : {outputs} : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), '
             f'"n"(TRANSPOSED));\n}}'
         )
+    outputs = ", ".join(f'"+f"(d[{i}])' for i in range(n // 2))
+    made.append(
+        f"__device__ __forceinline__ void multiply_{n}"
+        f"(float (&d)[{n // 2}], u64 a, u64 b, bool add) {{\n"
+        f'    asm volatile("{{ .reg .pred p; setp.ne.b32 p, %{n // 2 + 2}, 0; '
+        f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.bf16.bf16 "
+        f'{{{registers}}}, %{n // 2}, %{n // 2 + 1}, p, 1, 1, 0, 0; }}"\n'
+        f'        : {outputs} : "l"(a), "l"(b), "r"((u32)add));\n}}'
+    )
     return "\n".join(made)
 
 
@@ -79,13 +97,35 @@ def is_hopper(device: torch.device) -> bool:
     return _libraries() is not None
 
 
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute."""
+
+    _fields_: ClassVar = [
+        ("id", ctypes.c_int),
+        ("padding", ctypes.c_int),
+        ("value", ctypes.c_uint * 16),
+    ]
+
+
+class _Launch(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_: ClassVar = [
+        ("sizes", ctypes.c_uint * 7),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", ctypes.c_uint),
+    ]
+
+
 def compile_kernel(
-    name: str, source: str, shared: int, device: torch.device
+    name: str, source: str, shared: int, device: torch.device, cluster: int = 1
 ) -> Callable[..., None]:
     """`name` of `source` with `shared` bytes of dynamic shared memory, for one GPU.
 
     The result is called with grid size, block size and the kernel's arguments: tensors
-    as pointers, Python integers as 64-bit ones, floats as 32-bit ones. It runs on torch's
+    as pointers, Python integers as 64-bit ones, floats as 32-bit ones, tensor maps as they are.
+    With `overlap` it may start before the one before it has ended. It runs on torch's
     current stream, and may be captured. Raises RuntimeError with the compiler's words.
     """
     libraries = _libraries()
@@ -98,15 +138,45 @@ def compile_kernel(
         _check(driver.cuModuleGetFunction(ctypes.byref(function), module, name.encode()))
         _check(driver.cuFuncSetAttribute(function, SHARED_SIZE, shared))
 
-    def launch(grid: int, block: int, *arguments: Argument) -> None:
+    def launch(grid: int, block: int, *arguments: Argument, overlap: bool = False) -> None:
         values = [as_c(argument) for argument in arguments]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(x) for x in values))
-        size = grid, 1, 1, block, 1, 1, shared
+        attributes = (_Attribute * 2)(
+            _Attribute(CLUSTER, 0, (cluster, 1, 1)), _Attribute(PROGRAMMATIC, 0, (1,))
+        )
         with torch.cuda.device(device):
-            stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
-            _check(driver.cuLaunchKernel(function, *size, stream, pointers, None))
+            stream = torch.cuda.current_stream(device).cuda_stream
+            sizes = grid, 1, 1, block, 1, 1, shared
+            config = _Launch(sizes, stream, attributes, 2 if overlap else 1)
+            _check(driver.cuLaunchKernelEx(ctypes.byref(config), function, pointers, None))
 
     return launch
+
+
+def tensor_map(
+    x: Tensor, sizes: Sequence[int], strides: Sequence[int], box: Sequence[int]
+) -> ctypes.Array:
+    """A bfloat16 tensor as `copy_rows` and `copy_blocks` of hopper.cuh see it.
+
+    `sizes` of its axes, the contiguous one first, `strides` of the others in bytes, and the
+    `box` of one copy, whose rows are 128 bytes.
+    """
+    libraries = _libraries()
+    if libraries is None:
+        raise RuntimeError("there is no CUDA driver")
+    held, axes = (ctypes.c_uint64 * 24)(), len(sizes)
+    # The driver wants 64-byte alignment.
+    start = -ctypes.addressof(held) % 64
+    made = (ctypes.c_uint64 * 16).from_buffer(held, start)
+    numbers = (
+        (ctypes.c_uint64 * axes)(*sizes),
+        (ctypes.c_uint64 * (axes - 1))(*strides),
+        (ctypes.c_uint32 * axes)(*box),
+        (ctypes.c_uint32 * axes)(*[1] * axes),
+    )
+    at = ctypes.byref(made), BFLOAT16, axes, ctypes.c_void_p(x.data_ptr())
+    _check(libraries[1].cuTensorMapEncodeTiled(*at, *numbers, 0, SWIZZLE_128B, PROMOTION_256B, 0))
+    return made
 
 
 def _compile(nvrtc: ctypes.CDLL, source: str) -> bytes:
@@ -126,8 +196,10 @@ def _compile(nvrtc: ctypes.CDLL, source: str) -> bytes:
     return image.raw
 
 
-def as_c(argument: Argument) -> ctypes.c_void_p | ctypes.c_int64 | ctypes.c_float:
-    """A kernel's argument: a pointer, a 64-bit integer or a 32-bit float."""
+def as_c(argument: Argument) -> ctypes.c_void_p | ctypes.c_int64 | ctypes.c_float | ctypes.Array:
+    """A kernel's argument: a pointer, a 64-bit integer, a 32-bit float or a tensor map."""
+    if isinstance(argument, ctypes.Array):
+        return argument
     if isinstance(argument, Tensor):
         return ctypes.c_void_p(argument.data_ptr())
     return ctypes.c_float(argument) if isinstance(argument, float) else ctypes.c_int64(argument)

@@ -1,26 +1,11 @@
 """What stands between a decode step's matrix products, each as one kernel on a GPU."""
 
-from typing import NamedTuple
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
 from based.ops.kernels import use_kernels
-
-
-class Residual(NamedTuple):
-    """A residual stream x + branch, and the RMSNorm that the next branch begins with.
-
-    The arguments of `add_rms_norm`, for whoever computes it. A branch may come as parts
-    of a sum.
-    """
-
-    x: Float[Tensor, "B C"]
-    branch: Float[Tensor, "*S B C"] | None
-    weight: Float[Tensor, " C"]
-    eps: float
 
 
 def add_rms_norm(

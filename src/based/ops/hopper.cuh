@@ -1,5 +1,6 @@
-// What CUDA C++ kernels for Hopper share: copies into shared memory, products. words.cuh comes before.
-// Compiled by NVRTC, so nothing is included; cuda.py adds wgmma_<N>, one for each width in use.
+// What CUDA C++ kernels for Hopper share: copies into shared memory, products, what a cluster's programs and
+// kernels in a row say to each other. words.cuh comes before.
+// Compiled by NVRTC, so nothing is included; cuda.py adds the products, for each width in use.
 
 __device__ __forceinline__ u32 pack(float even, float odd) {
     u32 pair;
@@ -84,3 +85,70 @@ template <int N> __device__ __forceinline__ void settle(float (&x)[N]) {
 #pragma unroll
     for (int i = 0; i < N; i++) asm volatile("" : "+f"(x[i])::"memory");
 }
+
+// ---- barriers in shared memory, of arrivals and bytes
+
+__device__ __forceinline__ void start_barrier(u32 barrier, u32 arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
+}
+__device__ __forceinline__ void barriers_started() {
+    asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async;" ::: "memory");
+}
+__device__ __forceinline__ void arrive(u32 barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+// Arrives, and so many bytes are to come.
+__device__ __forceinline__ void expect(u32 barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+// Until a phase of this parity is over; the first one's is 0.
+__device__ __forceinline__ void await_barrier(u32 barrier, u32 parity) {
+    asm volatile("{\n.reg .pred p;\nAGAIN_%=:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@p bra OVER_%=;\n"
+        "bra AGAIN_%=;\nOVER_%=:\n}" ::"r"(barrier), "r"(parity) : "memory");
+}
+// Of so many of the threads.
+__device__ __forceinline__ void named_barrier(int name, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(threads) : "memory");
+}
+
+// ---- copies by tensor maps, which the host makes (cuda.py): 128 bytes of each row, swizzled
+
+struct __align__(64) TensorMap { u64 words[16]; };
+__device__ __forceinline__ void prefetch_map(const TensorMap& map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+__device__ __forceinline__ void copy_rows(u32 to, const TensorMap& from, int column, int row, u32 barrier) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];"
+        ::"r"(to), "l"(&from), "r"(barrier), "r"(column), "r"(row) : "memory");
+}
+// Of a map with four axes: column, row of eight, eight of a block, block.
+__device__ __forceinline__ void copy_blocks(u32 to, const TensorMap& from, int column, int block, u32 barrier) {
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %4, %5}], [%2];"
+        ::"r"(to), "l"(&from), "r"(barrier), "r"(column), "r"(0), "r"(block) : "memory");
+}
+
+// ---- programs of a cluster
+
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+// The same place in the shared memory of another one.
+__device__ __forceinline__ u32 in_program(u32 place, u32 rank) {
+    u32 there;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(place), "r"(rank));
+    return there;
+}
+// 16 bytes into another one's memory, and onto its barrier.
+__device__ __forceinline__ void send(u32 to, const float* four, u32 barrier) {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];"
+        ::"r"(to), "f"(four[0]), "f"(four[1]), "f"(four[2]), "f"(four[3]), "r"(barrier) : "memory");
+}
+__device__ __forceinline__ float4_ load_four(u32 from) {
+    float4_ x;
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "r"(from) : "memory");
+    return x;
+}
+
+// ---- kernels in a row (overlap.py, and kernels.overlap for the host)
+
+__device__ __forceinline__ void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+__device__ __forceinline__ void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }

@@ -7,6 +7,7 @@ typedef long long i64;
 struct __align__(8) uint2_ { u32 x, y; };
 struct __align__(8) float2_ { float x, y; };
 struct __align__(16) uint4_ { u32 x, y, z, w; };
+struct __align__(16) float4_ { float x, y, z, w; };
 
 // Pairs of bfloat16 in one register, the even column in the low half.
 __device__ __forceinline__ float low(u32 pair) { return __uint_as_float(pair << 16); }

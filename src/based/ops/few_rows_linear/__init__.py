@@ -13,9 +13,12 @@ from based.ops.few_rows_linear.projections import (
     norm_linears,
     readable,
 )
+from based.ops.few_rows_linear.residual import Projected, Residual
 
 __all__ = [
     "MOST_ROWS",
+    "Projected",
+    "Residual",
     "fuses",
     "linear",
     "linear_convolution",

@@ -2,7 +2,7 @@
 
 At few rows a step is the reading of the weights, and what else it launches is lost
 time: here a norm, a gate or a convolution is part of the product beside it. Up to 128
-rows a gate, a convolution or a sum of parts still is.
+rows a gate, a convolution or a sum of parts still is, and on Hopper the norm.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from based.ops.elementwise import Residual, add_rms_norm, swiglu
+from based.ops.elementwise import swiglu
+from based.ops.few_rows_linear import hopper
+from based.ops.few_rows_linear.residual import Projected, Residual
 from based.ops.few_rows_linear.weights import rows_of
 from based.ops.gated_short_convolution import gated_short_convolution_step
 from based.ops.kernels import use_kernels
@@ -27,6 +29,8 @@ def fuses(residual: Residual, *layers: nn.Module) -> bool:
     Layers with an adapter, or quantised as `rows_of` does not know, are called instead. A branch
     in parts comes from tiles, and a norm by itself adds it up.
     """
+    if isinstance(residual.branch, Projected):
+        return False
     if residual.branch is not None and residual.branch.dim() > 2:
         return False
     if not _few(residual.x, residual.x.shape[1], *layers) or not all(map(readable, layers)):
@@ -61,6 +65,33 @@ def _in_tiles(x: Tensor, layer: nn.Module) -> bool:
     )
 
 
+def _shares_norm(residual: Residual, *layers: nn.Module) -> bool:
+    """Whether the projection before the norm and the layers after it are kernels that share it."""
+    branch, plain = residual.branch, [y for y in layers if isinstance(y, nn.Linear)]
+    return (
+        isinstance(branch, Projected)
+        and residual.weight.dtype == branch.x.dtype
+        and len(plain) == len(layers)
+        and all(_in_tiles(branch.x, layer) for layer in plain)
+        and hopper.takes(branch.x, *plain)
+    )
+
+
+def _project(residual: Residual) -> tuple[Float[Tensor, "B C"], hopper.Scaled]:
+    """The residual's sum, and its norm but for the division, where the norm is shared."""
+    x, branch, gain, eps = residual
+    assert isinstance(branch, Projected)
+    projection = branch.x, branch.layer.weight, branch.layer.bias, branch.counter
+    return hopper.project_back(*projection, residual=x, gain=gain, eps=eps)
+
+
+def _whole(residual: Residual) -> tuple[Tensor, Tensor | None, Tensor, float]:
+    """A residual whose branch is there, as kernels of few rows take it."""
+    x, branch, weight, eps = residual
+    assert not isinstance(branch, Projected)
+    return x, branch, weight, eps
+
+
 def norm_linear(
     residual: Residual,
     weights: Sequence[Float[Tensor, "_ C"]],
@@ -69,7 +100,7 @@ def norm_linear(
     """The residual's sum, and up to three projections of its norm, side by side."""
     from based.ops.few_rows_linear.decode import linear_kernel
 
-    return linear_kernel(*residual, weights=weights, bias=bias)
+    return linear_kernel(*_whole(residual), weights=weights, bias=bias)
 
 
 def norm_linears(
@@ -80,10 +111,15 @@ def norm_linears(
     Only a layer alone may have a bias where they are fused.
     """
     plain = [layer for layer in layers if isinstance(layer, nn.Linear)]
-    if fuses(residual, *layers) and (len(plain) == 1 or all(y.bias is None for y in plain)):
-        x, y = norm_linear(residual, [layer.weight for layer in plain], plain[0].bias)
-        return x, y.split([layer.out_features for layer in plain], dim=-1)
-    x, normed = add_rms_norm(*residual)
+    if len(plain) == 1 or all(layer.bias is None for layer in plain):
+        weights, sizes = [y.weight for y in plain], [y.out_features for y in plain]
+        if fuses(residual, *layers):
+            x, y = norm_linear(residual, weights, plain[0].bias)
+            return x, y.split(sizes, dim=-1)
+        if _shares_norm(residual, *layers):
+            x, scaled = _project(residual)
+            return x, hopper.project_side_by_side(scaled, weights, plain[0].bias).split(sizes, -1)
+    x, normed = residual.normed()
     return x, linears(normed, layers)
 
 
@@ -95,8 +131,13 @@ def norm_linear_swiglu(
         assert isinstance(layer, nn.Linear)
         from based.ops.few_rows_linear.decode import linear_kernel
 
-        return linear_kernel(*residual, weights=[layer.weight], bias=layer.bias, swiglu=True)
-    x, normed = add_rms_norm(*residual)
+        projection = {"weights": [layer.weight], "bias": layer.bias}
+        return linear_kernel(*_whole(residual), **projection, swiglu=True)
+    if _shares_norm(residual, layer):
+        assert isinstance(layer, nn.Linear)
+        x, scaled = _project(residual)
+        return x, hopper.project_gated(scaled, layer.weight, layer.bias)
+    x, normed = residual.normed()
     return x, linear_swiglu(normed, layer)
 
 
@@ -115,15 +156,19 @@ def norm_linear_convolution(
         from based.ops.few_rows_linear.decode import linear_kernel
 
         projection = {"weights": [layer.weight], "bias": layer.bias}
-        return linear_kernel(*residual, **projection, taps=taps, past=past)
-    x, normed = add_rms_norm(*residual)
+        return linear_kernel(*_whole(residual), **projection, taps=taps, past=past)
+    if taps.dtype == residual.weight.dtype and _shares_norm(residual, layer):
+        assert isinstance(layer, nn.Linear)
+        x, scaled = _project(residual)
+        return x, hopper.project_gated(scaled, layer.weight, layer.bias, taps, past)
+    x, normed = residual.normed()
     return x, linear_convolution(normed, layer, taps, past)
 
 
 def linear(
     x: Float[Tensor, "B C"], layer: nn.Module, counter: Int[Tensor, " B"] | None = None
-) -> Float[Tensor, "*S B N"]:
-    """The layer's output for a residual stream, perhaps as float32 parts of a sum.
+) -> Float[Tensor, "*S B N"] | Projected:
+    """The layer's output for a residual stream, perhaps as float32 parts of a sum, or not yet.
 
     `counter`, of tokens seen, is advanced by one in passing.
     """
@@ -133,11 +178,8 @@ def linear(
         return linear_kernel(x, weights=[layer.weight], bias=layer.bias, counter=counter)[1]
     if _in_tiles(x, layer):
         assert isinstance(layer, nn.Linear)
-        from based.ops.few_rows_linear.tiles import divide, parts_kernel
-
-        division = divide(*layer.weight.shape)
-        if division is not None:
-            return parts_kernel(x, layer.weight, layer.bias, counter, division)
+        projected = Projected(x, layer, counter)
+        return projected if hopper.takes(x, layer) else projected.parts()
     if counter is not None:
         counter += 1
     return layer(x)

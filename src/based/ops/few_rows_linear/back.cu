@@ -1,0 +1,57 @@
+// total = residual + x W^T + bias, scaled = total * gain, and squares, of each 64 outputs the rows' sums of
+// squares of total: what the next product needs to norm what it has made of scaled.
+// Constants besides product.cuh's: N. Without bias or counter their pointers are null.
+
+extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32, 1) back(
+    const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w, const float* residual, const u16* bias,
+    const u16* gain, float* total, u16* scaled, float* squares, i64* counter, i64 rows) {
+    extern __shared__ unsigned char memory[];
+    const Program program(address(memory));
+    if (!program.multiplies()) return program.feed(x, w, program.tile * WARPS);
+    int n = (program.tile * WARPS + program.warp) * 16 + program.pair();
+    float gains[4], shift[4] = {}, kept[EIGHTS][4];
+#pragma unroll
+    for (int h = 0; h < 4; h++) {
+        int output = n + h / 2 * 8 + h % 2;
+        gains[h] = low(gain[output]);
+        if (bias) shift[h] = low(bias[output]);
+    }
+    cluster_wait();
+    wait_for_previous();
+#pragma unroll
+    for (int i = 0; i < EIGHTS; i++)
+#pragma unroll
+        for (int h = 0; h < 4; h += 2) {
+            float2_ two = {};
+            if (program.row(i) < rows) two = *(const float2_*)(residual + (i64)program.row(i) * N + n + 4 * h);
+            kept[i][h] = two.x, kept[i][h + 1] = two.y;
+        }
+    float d[ROWS / 2], y[EIGHTS][4];
+    program.multiply(d);
+    program.add_up(d, y);
+#pragma unroll
+    for (int i = 0; i < EIGHTS; i++) {
+        bool real = program.row(i) < rows;
+        float square = 0;
+#pragma unroll
+        for (int h = 0; h < 4; h += 2) {
+            i64 at = (i64)program.row(i) * N + n + 4 * h;
+            float even = y[i][h] + shift[h] + kept[i][h], odd = y[i][h + 1] + shift[h + 1] + kept[i][h + 1];
+            square += even * even + odd * odd;
+            if (real) *(float2_*)(total + at) = {even, odd};
+            if (real) *(u32*)(scaled + at) = pack(even * gains[h], odd * gains[h + 1]);
+        }
+        square += __shfl_xor_sync(~0u, square, 8);
+        square += __shfl_xor_sync(~0u, square, 16);
+        if (program.lane < 8) store4(program.own + 4 * (program.warp * OWN + program.own_row(i)), __float_as_uint(square));
+    }
+    program.together();
+    i64 row = program.part * OWN + threadIdx.x;
+    if (threadIdx.x < OWN && row < rows) {
+        float sum = 0;
+#pragma unroll
+        for (int i = 0; i < WARPS; i++) sum += __uint_as_float(load4(program.own + 4 * (i * OWN + threadIdx.x)));
+        squares[program.tile * rows + row] = sum;
+    }
+    if (counter && blockIdx.x == 0 && threadIdx.x < rows) counter[threadIdx.x] += 1;
+}

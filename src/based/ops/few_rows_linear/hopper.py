@@ -1,0 +1,182 @@
+"""Products of up to 128 rows in CUDA C++ for Hopper, and a norm that costs no kernel.
+
+A projection back to the residual stream adds itself to that, multiplies by the gain of the norm
+that follows, and leaves sums of squares: by the root of their mean the next product divides
+what it has made (RMSNorm is a division of rows, which a product lets through). Clusters of
+programs divide the channels and add up in each other's shared memory.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from based.ops import cuda, kernels
+
+# As in product.cuh: rows of W of a tile, channels of a step, warps that multiply; and steps in
+# flight: with more of them the first to come are late.
+OUTPUTS, LANES, WARPS, STAGES = 64, 64, 4, 8
+# Numbers of parts of the channels, and programs in clusters of so many that a GPU seats.
+SEATS = {1: 132, 2: 132, 4: 120}
+# Rows of x that a product has are a multiple of this: eights, in four parts.
+EIGHTS = 32
+# Rows up to which all programs help; of more, adding up costs as much as a share of the GPU.
+MOST_ROWS_SHARED, SHARE = 32, 88
+
+
+class Scaled(NamedTuple):
+    """A norm's output but for the division: x times the norm's gain, and x's sums of squares."""
+
+    x: Float[Tensor, "B C"]
+    squares: Float[Tensor, "tiles B"]
+    eps: float
+
+
+def takes(x: Tensor, *layers: nn.Linear) -> bool:
+    """Whether the kernels here are for these layers, and for up to 128 rows where x is."""
+    return (
+        kernels.HOPPER
+        and cuda.is_hopper(x.device)
+        and not torch.compiler.is_compiling()
+        and x.dtype == torch.bfloat16
+        and all(map(_takes, layers))
+    )
+
+
+def _takes(layer: nn.Linear) -> bool:
+    weight = layer.weight
+    # A tensor map begins at a multiple of 16 bytes.
+    aligned = weight.is_contiguous() and weight.data_ptr() % 16 == 0
+    fits = layer.in_features % LANES == 0 and layer.out_features % OUTPUTS == 0
+    return weight.dtype == torch.bfloat16 and aligned and fits
+
+
+def project_back(
+    x: Float[Tensor, "B C"],
+    weight: Float[Tensor, "N C"],
+    bias: Float[Tensor, " N"] | None,
+    counter: Int[Tensor, " B"] | None,
+    residual: Float[Tensor, "B N"],
+    gain: Float[Tensor, " N"],
+    eps: float,
+) -> tuple[Float[Tensor, "B N"], Scaled]:
+    """residual + x W^T + bias, and its norm but for the division.
+
+    All tensors are contiguous; `counter` is advanced by one.
+    """
+    (N, C), rows = weight.shape, x.shape[0]
+    parts, block = _parts(N // OUTPUTS, C, SEATS), _block(rows)
+    run = _kernel("back", block, C, parts, 4 * WARPS * block // parts, x.device, N=N)
+    total, scaled = torch.empty_like(residual), torch.empty_like(residual, dtype=gain.dtype)
+    squares = torch.empty((N // OUTPUTS, rows), dtype=torch.float32, device=x.device)
+    maps = _rows(x, block), _blocks(weight, gated=False)
+    given = residual, _or_null(bias), gain
+    grid = N // OUTPUTS * parts, 32 * (WARPS + 1)
+    overlap = kernels.overlap(x)["OVERLAP"]
+    run(*grid, *maps, *given, total, scaled, squares, _or_null(counter), rows, overlap=overlap)
+    return total, Scaled(scaled, squares, eps)
+
+
+def project_gated(
+    scaled: Scaled,
+    weight: Float[Tensor, "NN C"],
+    bias: Float[Tensor, " NN"] | None,
+    taps: Float[Tensor, "N W"] | None = None,
+    past: Float[Tensor, "B P N"] | None = None,
+) -> Float[Tensor, "B N"]:
+    """The first half of the norm's projection by silu of the second; with taps silu(conv) by it.
+
+    All tensors are contiguous; `past` moves on by one token, in place.
+    """
+    x, width = scaled.x, 0 if taps is None else taps.shape[1]
+    (NN, C), rows = weight.shape, x.shape[0]
+    parts, block = _parts(NN // OUTPUTS, C, _seats(rows)), _block(rows)
+    scratch = 4 * block // parts
+    run = _kernel("gated", block, C, parts, scratch, x.device, N=NN // 2, WIDTH=width)
+    out = torch.empty((rows, NN // 2), dtype=x.dtype, device=x.device)
+    maps = _rows(x, block), _blocks(weight, gated=True)
+    given = scaled.squares, _or_null(bias), _or_null(taps), _or_null(past)
+    grid = NN // OUTPUTS * parts, 32 * (WARPS + 1)
+    overlap = kernels.overlap(x, reads_state=past is not None)["OVERLAP"]
+    run(*grid, *maps, *given, out, scaled.eps, rows, overlap=overlap)
+    return out
+
+
+def project_side_by_side(
+    scaled: Scaled, weights: Sequence[Float[Tensor, "_ C"]], bias: Float[Tensor, " N"] | None
+) -> Float[Tensor, "B N"]:
+    """The norm's projections by up to three weights, the bias of all of them."""
+    x, sizes = scaled.x, [weight.shape[0] for weight in weights]
+    C, rows, N = x.shape[1], x.shape[0], sum(sizes)
+    second, third = (sum(sizes[:n]) if len(sizes) > n else N for n in (1, 2))
+    parts, block = _parts(N // OUTPUTS, C, _seats(rows)), _block(rows)
+    constants = {"N": N, "SECOND": second, "THIRD": third}
+    run = _kernel("side_by_side", block, C, parts, 4 * block // parts, x.device, **constants)
+    out = torch.empty((rows, N), dtype=x.dtype, device=x.device)
+    maps = [_blocks(weight, gated=False) for weight in weights]
+    maps = _rows(x, block), *maps, *maps[:1] * (3 - len(maps))
+    grid = N // OUTPUTS * parts, 32 * (WARPS + 1)
+    given = scaled.squares, _or_null(bias), out, scaled.eps, rows
+    run(*grid, *maps, *given, overlap=kernels.overlap(x)["OVERLAP"])
+    return out
+
+
+def _block(rows: int) -> int:
+    return -(-rows // EIGHTS) * EIGHTS
+
+
+def _seats(rows: int) -> dict[int, int]:
+    if rows <= MOST_ROWS_SHARED:
+        return SEATS
+    return {parts: min(most, SHARE) for parts, most in SEATS.items()}
+
+
+def _parts(tiles: int, channels: int, seats: dict[int, int]) -> int:
+    """Parts of the channels, as many as there is room for."""
+    fits = [p for p, most in seats.items() if channels % (p * LANES) == 0 and tiles * p <= most]
+    return max(fits, default=1)
+
+
+def _or_null(x: Tensor | None) -> Tensor | int:
+    return 0 if x is None else x
+
+
+def _rows(x: Tensor, block: int) -> cuda.Argument:
+    rows, C = x.shape
+    return cuda.tensor_map(x, (C, rows), (2 * C,), (LANES, block))
+
+
+def _blocks(weight: Tensor, *, gated: bool) -> cuda.Argument:
+    """Blocks of 16 rows of W; of a gated one 8 of its first half, and the 8 gates of these."""
+    rows, C = weight.shape
+    eight, block = (rows * C, 16 * C) if gated else (16 * C, 32 * C)
+    return cuda.tensor_map(weight, (C, 8, 2, rows // 16), (2 * C, eight, block), (LANES, 8, 2, 4))
+
+
+@cache
+def _kernel(
+    name: str,
+    block: int,
+    channels: int,
+    parts: int,
+    scratch: int,
+    device: torch.device,
+    **constants: int,
+) -> Callable[..., None]:
+    step = OUTPUTS * LANES * 2 + block * LANES * 2
+    sums = (parts - 1) * block // parts * WARPS * 64
+    shared = STAGES * step + sums + scratch + 8 * (2 * STAGES + 1) + 1023
+    text = source(name, block, channels, parts, scratch, **constants)
+    return cuda.compile_kernel(name, text, shared, device, parts)
+
+
+def source(name: str, block: int, channels: int, parts: int, scratch: int, **constants: int) -> str:
+    """The text of a kernel: `back`, `gated` or `side_by_side`."""
+    files = [Path(__file__).with_name(file) for file in ("product.cuh", f"{name}.cu")]
+    shape = {"ROWS": block, "C": channels, "PARTS": parts, "STAGES": STAGES, "SCRATCH": scratch}
+    product = {"MULTIPLY": f"multiply_{block}"}
+    return cuda.source_of(files, {**shape, **constants, **product}, (block,))

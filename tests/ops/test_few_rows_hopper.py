@@ -1,0 +1,266 @@
+"""Products of up to 128 rows in CUDA C++: against float64, emulated on a CPU and on such a GPU."""
+
+import subprocess
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from based.models import Decoder, DecoderConfig
+from based.ops import kernels
+from based.ops.few_rows_linear import Projected, Residual, hopper, projections
+from based.ops.few_rows_linear import linear as project
+from based.ops.gated_short_convolution.reference import gated_short_convolution_reference
+from tests.ops.emulation import COMPILER, emulate
+from tests.ops.test_taylor_hopper import IS_HOPPER, with_nvcc
+
+DEVICE = torch.device("cuda" if IS_HOPPER else "cpu")
+BF16 = torch.bfloat16
+somewhere = pytest.mark.skipif(
+    not IS_HOPPER and (COMPILER is None or torch.cuda.is_available()),
+    reason="needs a GPU of compute capability 9.0, or g++ and no GPU",
+)
+EPS = 1e-5
+
+
+@pytest.fixture
+def on_hopper(monkeypatch, tmp_path_factory) -> Iterator[Callable[[bool], None]]:
+    """Runs Hopper's kernels there, or emulates it. What was not written is NaN."""
+    folder = tmp_path_factory.getbasetemp() / "emulated"
+    folder.mkdir(exist_ok=True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+    def begin(late: bool = False) -> None:
+        hopper._kernel.cache_clear()
+        if not IS_HOPPER:
+            emulate(monkeypatch, folder, late)
+
+    yield begin
+    torch.use_deterministic_algorithms(False)
+    hopper._kernel.cache_clear()
+
+
+def draw(*shape: int, dtype: torch.dtype = BF16, scale: float = 1.0) -> Tensor:
+    return (scale * torch.randn(*shape)).to(DEVICE, dtype)
+
+
+def layer_of(channels: int, outputs: int, bias: bool) -> nn.Linear:
+    return nn.Linear(channels, outputs, bias=bias).to(DEVICE, BF16)
+
+
+def exact(layer: nn.Linear, x: Tensor) -> Tensor:
+    bias = None if layer.bias is None else layer.bias.double()
+    return F.linear(x.double(), layer.weight.double(), bias)
+
+
+def close(got: Tensor, want: Tensor, limit: float) -> None:
+    error = (got.double() - want).norm() / want.norm()
+    assert error <= limit, f"{error:.1e} > {limit:.1e}"
+
+
+def scaled_of(rows: int, channels: int) -> tuple[hopper.Scaled, Tensor]:
+    """A norm's output but for the division, and with it."""
+    x, gain = draw(rows, channels, dtype=torch.float32), draw(channels)
+    scaled = (x * gain).to(BF16)
+    squares = x.square().unflatten(1, (channels // 64, 64)).sum(2).T.contiguous()
+    rms = (x.double().square().mean(1, keepdim=True) + EPS).sqrt()
+    return hopper.Scaled(scaled, squares, EPS), scaled.double() / rms
+
+
+@somewhere
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "outputs", "channels"),
+    [(5, 128, 512), (33, 64, 192), (70, 64, 640), (128, 128, 256), (32, 64, 2560)],
+)
+def test_back_to_the_residual_stream(rows, outputs, channels, late, on_hopper) -> None:
+    """Four parts, two or one; more steps than are in flight; with and without bias and counter."""
+    on_hopper(late)
+    layer, x = layer_of(channels, outputs, bias=rows != 33), draw(rows, channels)
+    stream, gain = draw(rows, outputs, dtype=torch.float32), draw(outputs)
+    counter = torch.arange(rows, device=DEVICE) if rows != 70 else None
+    projection = x, layer.weight, layer.bias, counter
+    total, (scaled, squares, eps) = hopper.project_back(*projection, stream, gain, EPS)
+    want = stream.double() + exact(layer, x)
+    close(total, want, 1e-6)
+    close(scaled, want * gain.double(), 3e-3)
+    assert squares.shape == (outputs // 64, rows)
+    close(squares, want.square().unflatten(1, (-1, 64)).sum(2).T, 1e-6)
+    assert eps == EPS
+    if counter is not None:
+        assert torch.equal(counter, torch.arange(1, rows + 1, device=DEVICE))
+
+
+@somewhere
+def test_a_row_s_bits_depend_on_no_other_row(on_hopper) -> None:
+    """Nor on its place, whichever program finishes it."""
+    on_hopper()
+    layer, x, gain = layer_of(512, 64, bias=True), draw(128, 512), draw(64)
+    stream, order = draw(128, 64, dtype=torch.float32), torch.randperm(128, device=DEVICE)
+    runs = [
+        hopper.project_back(given, layer.weight, layer.bias, None, residual, gain, EPS)
+        for given, residual in ((x, stream), (x[order], stream[order]))
+    ]
+    (first, one), (second, other) = runs
+    assert torch.equal(first[order], second)
+    assert torch.equal(one.x[order], other.x)
+    assert torch.equal(one.squares[:, order], other.squares)
+
+
+@somewhere
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize(("rows", "bias"), [(5, True), (33, False), (128, True)])
+def test_swiglu_of_a_norm(rows: int, bias: bool, late: bool, on_hopper) -> None:
+    on_hopper(late)
+    scaled, normed = scaled_of(rows, 192)
+    layer = layer_of(192, 128, bias)
+    value, gate = exact(layer, normed).chunk(2, dim=-1)
+    got = hopper.project_gated(scaled, layer.weight, layer.bias)
+    close(got, value * F.silu(gate), 4e-3)
+
+
+@somewhere
+@pytest.mark.parametrize(("rows", "width"), [(5, 3), (33, 1), (128, 2), (17, 4)])
+def test_a_convolution_of_a_norm(rows: int, width: int, on_hopper) -> None:
+    on_hopper()
+    layer = layer_of(128, 128, bias=True)
+    taps, past = draw(64, width), draw(rows, width - 1, 64)
+    wide = past.double()
+    for _ in range(width + 1):
+        scaled, normed = scaled_of(rows, 128)
+        y = exact(layer, normed)
+        want, wide = gated_short_convolution_reference(y[:, None], taps.double(), wide)
+        got = hopper.project_gated(scaled, layer.weight, layer.bias, taps, past)
+        close(got, want[:, 0], 1e-2)
+        if width > 1:
+            close(past, wide, 4e-3)
+
+
+@somewhere
+@pytest.mark.parametrize("sizes", [(64, 128, 192), (128, 64), (64,)])
+@pytest.mark.parametrize("rows", [5, 100])
+def test_layers_side_by_side(rows: int, sizes: tuple[int, ...], on_hopper) -> None:
+    on_hopper()
+    scaled, normed = scaled_of(rows, 256)
+    layers = [layer_of(256, size, bias=len(sizes) == 1) for size in sizes]
+    got = hopper.project_side_by_side(scaled, [y.weight for y in layers], layers[0].bias)
+    close(got, torch.cat([exact(layer, normed) for layer in layers], dim=1), 4e-3)
+
+
+@somewhere
+def test_a_step_shares_its_norms(on_hopper, monkeypatch) -> None:
+    """A model's steps through these kernels, and without, against float64."""
+    on_hopper()
+    # On a CPU nothing else is interpreted, but for what is fused beside these kernels.
+    monkeypatch.setattr(projections, "use_kernels", lambda x: x.element_size() <= 4)
+    taylor, window = "taylor_linear_attention", "sliding_window_attention"
+    config = DecoderConfig(
+        vocab_size=50,
+        hidden_size=64,
+        intermediate_size=64,
+        mixers=("gated_convolution", taylor, window, "gated_linear_attention"),
+        mixer_options={
+            taylor: {"num_heads": 4, "feature_dim": 16},
+            window: {"num_heads": 4, "window": 3, "bias": True},
+        },
+        initializer_range=0.1,
+    )
+    with DEVICE:
+        model = Decoder(config).to(BF16)
+        wide = Decoder(config).double()
+    wide.load_state_dict(model.state_dict())
+    calls = dict.fromkeys(("project_back", "project_gated", "project_side_by_side"), 0)
+    for name in calls:
+        monkeypatch.setattr(hopper, name, counted(getattr(hopper, name), calls, name))
+    states = [model.init_state(5, 8, 3), model.init_state(5, 8, 3), wide.init_state(5, 8)]
+    for step in range(2):
+        tokens = torch.arange(5, device=DEVICE) + 7 * step
+        monkeypatch.setattr(kernels, "HOPPER", True)
+        with_them = model.step(tokens, states[0])
+        before = dict(calls)
+        monkeypatch.setattr(kernels, "HOPPER", False)
+        without = model.step(tokens, states[1])
+        assert calls == before
+        want = wide.step(tokens, states[2])
+        close(with_them, want, 4e-2)
+        close(without, want, 4e-2)
+    # Eight projections back: one's norm is a mixer's that projects itself, and one's the head's.
+    assert calls == {"project_back": 10, "project_gated": 6, "project_side_by_side": 4}
+    for name in ("seen", "length"):
+        for got, kept in zip(*states[:2], strict=True):
+            assert name not in kept or torch.equal(got[name], kept[name])
+
+
+def counted(function: Callable, calls: dict[str, int], name: str) -> Callable:
+    def call(*arguments: object, **options: object) -> object:
+        calls[name] += 1
+        return function(*arguments, **options)
+
+    return call
+
+
+def test_what_the_kernels_take(monkeypatch) -> None:
+    monkeypatch.setattr(hopper.cuda, "is_hopper", lambda device: True)
+    x = torch.zeros(5, 128, dtype=BF16)
+    with torch.device("cpu"):
+        plain = nn.Linear(128, 64, dtype=BF16)
+        assert hopper.takes(x, plain)
+        assert not hopper.takes(x.half(), plain)
+        for layer in (
+            nn.Linear(96, 64, dtype=BF16),
+            nn.Linear(128, 96, dtype=BF16),
+            nn.Linear(128, 64, dtype=torch.float16),
+        ):
+            assert not hopper.takes(x, plain, layer)
+        plain.weight = nn.Parameter(torch.zeros(64 * 128 + 4, dtype=BF16)[4:].view(64, 128))
+        assert not hopper.takes(x, plain)
+        monkeypatch.setattr(kernels, "HOPPER", False)
+        assert not hopper.takes(x, nn.Linear(128, 64, dtype=BF16))
+
+
+def test_what_nothing_shares_is_projected_by_itself(monkeypatch) -> None:
+    """A norm for whoever asks adds up what the projection would have, and counts the token once."""
+    monkeypatch.setattr(projections, "_in_tiles", lambda x, layer: True)
+    monkeypatch.setattr(hopper, "takes", lambda x, *layers: True)
+    layer, x, stream = nn.Linear(36, 20), torch.randn(5, 36), torch.randn(5, 20)
+    counter = torch.zeros(5, dtype=torch.long)
+    branch = project(x, layer, counter)
+    assert isinstance(branch, Projected)
+    assert not bool(counter.any())
+    total, _ = Residual(stream, branch, torch.ones(20), EPS).normed()
+    torch.testing.assert_close(total, stream + layer(x))
+    assert bool((counter == 1).all())
+
+
+@pytest.mark.parametrize(
+    ("tiles", "channels", "rows", "want"),
+    [(28, 3584, 128, 4), (28, 1792, 5, 4), (16, 1024, 128, 4), (31, 1792, 5, 2), (80, 1024, 5, 1)],
+)
+def test_parts_of_a_projection_back(tiles: int, channels: int, rows: int, want: int) -> None:
+    assert hopper._parts(tiles, channels, hopper.SEATS) == want
+
+
+@pytest.mark.parametrize(
+    ("tiles", "channels", "rows", "want"),
+    [(112, 1792, 5, 1), (64, 1024, 32, 2), (64, 1024, 33, 1), (36, 1792, 128, 2), (36, 960, 5, 1)],
+)
+def test_parts_of_other_products(tiles: int, channels: int, rows: int, want: int) -> None:
+    assert hopper._parts(tiles, channels, hopper._seats(rows)) == want
+
+
+@with_nvcc
+@pytest.mark.parametrize("rows", [32, 96, 128])
+@pytest.mark.parametrize("parts", [1, 2, 4])
+@pytest.mark.parametrize("name", ["back", "gated", "side_by_side"])
+def test_sources_compile_and_keep_their_products_in_flight(name, parts, rows, tmp_path) -> None:
+    """Without a register spilled, which would be a stack that no tool has room for."""
+    own = {"gated": {"WIDTH": 3}, "side_by_side": {"SECOND": 256, "THIRD": 512}}
+    source = tmp_path / "kernel.cu"
+    source.write_text(hopper.source(name, rows, 1792, parts, 512, N=1792, **own.get(name, {})))
+    flags = ["-cubin", "-arch=sm_90a", "-std=c++17", "-Xptxas", "-v", "-o", tmp_path / "out"]
+    done = subprocess.run(["nvcc", *flags, source], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "are serialized" not in done.stderr
+    assert " 0 bytes spill stores" in done.stderr

@@ -29,7 +29,7 @@ from based.generation.quantization import Precision
 from based.models import Decoder, DecoderState, preset
 from based.models.device import pick_device
 from based.ops import kernels
-from based.ops.few_rows_linear import projections
+from based.ops.few_rows_linear import projections, residual
 from benchmarks import floors, peers
 from benchmarks.generation_plot import draw
 from benchmarks.profile import profiled
@@ -92,7 +92,7 @@ def main() -> None:
     device = pick_device(options.device)
     kernels.OVERLAP = options.overlap
     projections.MOST_ROWS *= options.fused
-    projections.MOST_ROWS_IN_TILES *= options.fused
+    residual.MOST_ROWS_IN_TILES *= options.fused
     for key, measure in cells(options, device):
         key = {"piece": options.piece, **key}
         if has_row(NAME, key):

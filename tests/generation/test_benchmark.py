@@ -6,7 +6,7 @@ import pytest
 
 from based.errors import BasedError
 from based.ops import kernels
-from based.ops.few_rows_linear import projections
+from based.ops.few_rows_linear import projections, residual
 from benchmarks import floors, generation, rows, tables
 from benchmarks.generation_plot import usual_rounds
 
@@ -59,14 +59,14 @@ def test_ablations_and_profiles_are_rows_of_their_own(bench, monkeypatch) -> Non
     for name in ("OVERLAP", "INTERPRETING"):
         monkeypatch.setattr(kernels, name, getattr(kernels, name))
     monkeypatch.setattr(projections, "MOST_ROWS", 4)
-    monkeypatch.setattr(projections, "MOST_ROWS_IN_TILES", 128)
+    monkeypatch.setattr(residual, "MOST_ROWS_IN_TILES", 128)
     common = ("--models", "based-tiny", "--batches", "1", "--contexts", "20", "--tokens", "2")
     bench("profile", *common)
     got = bench("profile", *common, "--no-overlap", "--no-fused", "--recent", "0")
     assert [row["fused"] for row in got] == [True, False]
     assert got[1]["ms"] == {"other": 1.0}
     assert (kernels.OVERLAP, projections.MOST_ROWS) == (False, 0)
-    assert projections.MOST_ROWS_IN_TILES == 0
+    assert residual.MOST_ROWS_IN_TILES == 0
 
 
 def test_whole_requests_and_real_prompts(bench) -> None:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from based.models import Decoder, DecoderConfig
 from based.ops import kernels
-from based.ops.few_rows_linear import Projected, Residual, hopper, projections
+from based.ops.few_rows_linear import Projected, Residual, hopper, projections, residual
 from based.ops.few_rows_linear import linear as project
 from based.ops.gated_short_convolution.reference import gated_short_convolution_reference
 from tests.ops.emulation import COMPILER, emulate
@@ -70,10 +70,16 @@ def scaled_of(rows: int, channels: int) -> tuple[hopper.Scaled, Tensor]:
 
 
 @somewhere
-@pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize(
-    ("rows", "outputs", "channels"),
-    [(5, 128, 512), (33, 64, 192), (70, 64, 640), (128, 128, 256), (32, 64, 2560)],
+    ("rows", "outputs", "channels", "late"),
+    [
+        (5, 128, 512, False),
+        (33, 64, 192, True),
+        (70, 64, 640, False),
+        (128, 128, 256, True),
+        (32, 64, 2560, True),
+        (32, 64, 2560, False),
+    ],
 )
 def test_back_to_the_residual_stream(rows, outputs, channels, late, on_hopper) -> None:
     """Four parts, two or one; more steps than are in flight; with and without bias and counter."""
@@ -110,8 +116,9 @@ def test_a_row_s_bits_depend_on_no_other_row(on_hopper) -> None:
 
 
 @somewhere
-@pytest.mark.parametrize("late", [False, True])
-@pytest.mark.parametrize(("rows", "bias"), [(5, True), (33, False), (128, True)])
+@pytest.mark.parametrize(
+    ("rows", "bias", "late"), [(5, True, True), (33, False, False), (128, True, True)]
+)
 def test_swiglu_of_a_norm(rows: int, bias: bool, late: bool, on_hopper) -> None:
     on_hopper(late)
     scaled, normed = scaled_of(rows, 192)
@@ -139,8 +146,9 @@ def test_a_convolution_of_a_norm(rows: int, width: int, on_hopper) -> None:
 
 
 @somewhere
-@pytest.mark.parametrize("sizes", [(64, 128, 192), (128, 64), (64,)])
-@pytest.mark.parametrize("rows", [5, 100])
+@pytest.mark.parametrize(
+    ("rows", "sizes"), [(5, (64, 128, 192)), (100, (128, 64)), (5, (64,)), (100, (64, 64, 64))]
+)
 def test_layers_side_by_side(rows: int, sizes: tuple[int, ...], on_hopper) -> None:
     on_hopper()
     scaled, normed = scaled_of(rows, 256)
@@ -154,7 +162,8 @@ def test_a_step_shares_its_norms(on_hopper, monkeypatch) -> None:
     """A model's steps through these kernels, and without, against float64."""
     on_hopper()
     # On a CPU nothing else is interpreted, but for what is fused beside these kernels.
-    monkeypatch.setattr(projections, "use_kernels", lambda x: x.element_size() <= 4)
+    for module in (projections, residual):
+        monkeypatch.setattr(module, "use_kernels", lambda x: x.element_size() <= 4)
     taylor, window = "taylor_linear_attention", "sliding_window_attention"
     config = DecoderConfig(
         vocab_size=50,
@@ -222,8 +231,7 @@ def test_what_the_kernels_take(monkeypatch) -> None:
 
 def test_what_nothing_shares_is_projected_by_itself(monkeypatch) -> None:
     """A norm for whoever asks adds up what the projection would have, and counts the token once."""
-    monkeypatch.setattr(projections, "_in_tiles", lambda x, layer: True)
-    monkeypatch.setattr(hopper, "takes", lambda x, *layers: True)
+    monkeypatch.setattr(projections, "use_kernels", lambda x: True)
     layer, x, stream = nn.Linear(36, 20), torch.randn(5, 36), torch.randn(5, 20)
     counter = torch.zeros(5, dtype=torch.long)
     branch = project(x, layer, counter)

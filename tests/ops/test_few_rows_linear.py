@@ -10,7 +10,7 @@ from based.generation.quantization import decode_step, quantize_weights
 from based.models import Decoder, DecoderConfig, DecoderState
 from based.ops import few_rows_linear
 from based.ops.elementwise import add_rms_norm
-from based.ops.few_rows_linear import Residual, decode
+from based.ops.few_rows_linear import Projected, Residual, decode
 from based.ops.few_rows_linear.tiles import divide, whole_tile
 from based.ops.gated_short_convolution.reference import gated_short_convolution_reference
 
@@ -32,9 +32,16 @@ def layer_of(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
     return layer
 
 
+def product_of(x: Tensor, layer: nn.Linear, counter: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What a norm would make of the layer's output, and the bias that is left to it."""
+    branch = few_rows_linear.linear(x, layer, counter)
+    assert isinstance(branch, Projected)
+    return branch.product()
+
+
 def exact(given: Residual) -> tuple[Tensor, Tensor]:
     """The sum and its norm in float64."""
-    branch = None if given.branch is None else given.branch.double()
+    branch = given.branch.double() if isinstance(given.branch, Tensor) else None
     return add_rms_norm(given.x.double(), branch, given.weight.double(), given.eps)
 
 
@@ -130,7 +137,8 @@ def test_eight_bit_weights(rows: int, precision: str) -> None:
 def test_a_product_in_parts(rows: int, dtype: torch.dtype) -> None:
     layer, x = nn.Linear(512, 128).to(DEVICE, dtype), draw(rows, 512, dtype=dtype)
     counter = torch.arange(rows, device=DEVICE)
-    got = few_rows_linear.linear(x, layer, counter)
+    got, bias = product_of(x, layer, counter)
+    assert bias is None
     assert got.shape == (8, rows, 128)
     assert got.dtype == torch.float32
     bias = layer.bias.double()
@@ -207,8 +215,15 @@ def test_whole_tiles() -> None:
 def test_other_products_are_whole(rows: int, dtype: torch.dtype) -> None:
     layer, x = nn.Linear(512, 128).to(DEVICE, dtype), draw(rows, 512, dtype=dtype)
     counter = torch.zeros(rows, dtype=torch.long, device=DEVICE)
-    assert torch.equal(few_rows_linear.linear(x, layer, counter), layer(x))
+    got, bias = product_of(x, layer, counter)
+    assert bias is layer.bias
+    assert torch.equal(got, F.linear(x, layer.weight))
     assert bool((counter == 1).all())
+    given = residual(rows, 128, dtype, with_branch=False)
+    total, normed = given._replace(branch=few_rows_linear.linear(x, layer)).normed()
+    want = given.x.double() + F.linear(x.double(), layer.weight.double(), layer.bias.double())
+    close(total, want, TOLERANCE[dtype])
+    close(normed, exact(given._replace(x=want))[1], TOLERANCE[dtype])
 
 
 def test_only_few_rows_and_plain_layers_are_fused() -> None:
@@ -305,7 +320,7 @@ def test_a_wide_step_is_the_step_of_plain_layers(monkeypatch) -> None:
         got = []
         for most, tiles, state in ((4, 128, states[0]), (0, 0, states[1])):
             monkeypatch.setattr(choices + "MOST_ROWS", most)
-            monkeypatch.setattr(choices + "MOST_ROWS_IN_TILES", tiles)
+            monkeypatch.setattr("based.ops.few_rows_linear.residual.MOST_ROWS_IN_TILES", tiles)
             got.append(given.step(tokens, state))
         close(got[0], got[1], 3e-2)
 

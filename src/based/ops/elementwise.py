@@ -13,17 +13,20 @@ def add_rms_norm(
     branch: Float[Tensor, "*S B C"] | None,
     weight: Float[Tensor, " C"],
     eps: float,
+    bias: Float[Tensor, " C"] | None = None,
 ) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B C"]]:
-    """x + branch, and that divided by its root mean square, times weight, in weight's dtype.
+    """x + branch + bias, and that divided by its root mean square, times weight, in its dtype.
 
-    x is the residual stream, float32 or wider, and so is the arithmetic. No gradients.
+    x is the residual stream, float32 or wider, and so is the arithmetic. A branch may come as
+    parts of a sum; a bias comes with a branch. No gradients.
     """
     if use_kernels(x):
         from based.ops.elementwise_decode import add_rms_norm_kernel
 
-        return add_rms_norm_kernel(x, branch, weight, eps)
+        return add_rms_norm_kernel(x, branch, weight, eps, bias)
     if branch is not None:
         x = x + (branch if branch.dim() == x.dim() else branch.sum(0))
+        x = x if bias is None else x + bias
     normed = F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
     return x, normed.to(weight.dtype)
 

@@ -23,12 +23,14 @@ def _add_rms_norm_kernel(
     x_ptr,
     branch_ptr,
     weight_ptr,
+    bias_ptr,
     sum_ptr,
     normed_ptr,
     channels,
     stride,
     eps,
     PARTS: tl.constexpr,
+    BIAS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -38,6 +40,8 @@ def _add_rms_norm_kernel(
     real = channel < channels
     let_next_start(OVERLAP)
     weight = tl.load(weight_ptr + channel, mask=real, other=0.0).to(tl.float32)
+    if BIAS:
+        bias = tl.load(bias_ptr + channel, mask=real, other=0.0).to(tl.float32)
     only_wait(OVERLAP)
     x = tl.load(x_ptr + start + channel, mask=real, other=0.0)
     if PARTS > 0:
@@ -46,6 +50,8 @@ def _add_rms_norm_kernel(
         cell = branch_ptr + part * stride + start + channel[None, :]
         added = tl.load(cell, mask=(part < PARTS) & real[None, :], other=0.0)
         x += tl.sum(added.to(tl.float32), axis=0)
+        if BIAS:
+            x += bias
         tl.store(sum_ptr + start + channel, x, mask=real)
     scale = tl.rsqrt(tl.sum(x * x) / channels + eps)
     tl.store(normed_ptr + start + channel, x * scale * weight, mask=real)
@@ -56,6 +62,7 @@ def add_rms_norm_kernel(
     branch: Float[Tensor, "*S B C"] | None,
     weight: Float[Tensor, " C"],
     eps: float,
+    bias: Float[Tensor, " C"] | None = None,
 ) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B C"]]:
     """As `add_rms_norm`; all tensors contiguous, x float32."""
     rows, channels = x.shape
@@ -67,12 +74,14 @@ def add_rms_norm_kernel(
         x,
         x if branch is None else branch,
         weight,
+        weight if bias is None else bias,
         total,
         normed,
         channels,
         rows * channels,
         eps,
         PARTS=parts,
+        BIAS=bias is not None and parts > 0,
         BLOCK_P=triton.next_power_of_2(max(1, parts)),
         BLOCK_C=block_c,
         **overlap(x),

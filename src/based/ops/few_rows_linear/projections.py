@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from based.ops.elementwise import swiglu
 from based.ops.few_rows_linear import hopper
-from based.ops.few_rows_linear.residual import Projected, Residual
+from based.ops.few_rows_linear.residual import Projected, Residual, in_tiles, plain
 from based.ops.few_rows_linear.weights import rows_of
 from based.ops.gated_short_convolution import gated_short_convolution_step
 from based.ops.kernels import use_kernels
 
-# Above, tensor cores are faster; and above these, library calls. A residual stream of so many
-# channels keeps tensor cores busy from fewer rows on.
-MOST_ROWS, MOST_ROWS_IN_TILES = 4, 128
+# Above, tensor cores are faster. A residual stream of so many channels keeps these busy from fewer
+# rows on.
+MOST_ROWS = 4
 WIDE, MOST_ROWS_WIDE = 1536, 2
 
 
@@ -44,36 +44,22 @@ def readable(layer: nn.Module) -> bool:
     return type(layer) is nn.Linear and rows_of(layer.weight) is not None
 
 
-def _plain(layer: nn.Module) -> bool:
-    return type(layer) is nn.Linear and type(layer.weight) is nn.Parameter
-
-
 def _few(x: Tensor, width: int, *layers: nn.Module) -> bool:
     """Whether rows are few for layers from or to a residual stream so wide."""
     if not use_kernels(x) or x.shape[0] > MOST_ROWS:
         return False
-    in_tiles = (isinstance(y, nn.Linear) and _plain(y) and y.weight.itemsize == 2 for y in layers)
+    in_tiles = (isinstance(y, nn.Linear) and plain(y) and y.weight.itemsize == 2 for y in layers)
     return x.shape[0] <= MOST_ROWS_WIDE or width < WIDE or not any(in_tiles)
-
-
-def _in_tiles(x: Tensor, layer: nn.Module) -> bool:
-    return (
-        _plain(layer)
-        and use_kernels(x)
-        and x.element_size() == 2
-        and x.shape[0] <= MOST_ROWS_IN_TILES
-    )
 
 
 def _shares_norm(residual: Residual, *layers: nn.Module) -> bool:
     """Whether the projection before the norm and the layers after it are kernels that share it."""
-    branch, plain = residual.branch, [y for y in layers if isinstance(y, nn.Linear)]
+    branch, linear_layers = residual.branch, [y for y in layers if isinstance(y, nn.Linear)]
     return (
         isinstance(branch, Projected)
         and residual.weight.dtype == branch.x.dtype
-        and len(plain) == len(layers)
-        and all(_in_tiles(branch.x, layer) for layer in plain)
-        and hopper.takes(branch.x, *plain)
+        and all(in_tiles(branch.x, layer) for layer in (branch.layer, *layers))
+        and hopper.takes(branch.x, branch.layer, *linear_layers)
     )
 
 
@@ -168,18 +154,17 @@ def norm_linear_convolution(
 def linear(
     x: Float[Tensor, "B C"], layer: nn.Module, counter: Int[Tensor, " B"] | None = None
 ) -> Float[Tensor, "*S B N"] | Projected:
-    """The layer's output for a residual stream, perhaps as float32 parts of a sum, or not yet.
+    """The layer's output for a residual stream, or what the norm that follows makes it of.
 
-    `counter`, of tokens seen, is advanced by one in passing.
+    `counter`, of tokens seen, is advanced by one in passing, then or now.
     """
     if readable(layer) and isinstance(layer, nn.Linear) and _few(x, layer.out_features, layer):
         from based.ops.few_rows_linear.decode import linear_kernel
 
         return linear_kernel(x, weights=[layer.weight], bias=layer.bias, counter=counter)[1]
-    if _in_tiles(x, layer):
+    if plain(layer) and use_kernels(x):
         assert isinstance(layer, nn.Linear)
-        projected = Projected(x, layer, counter)
-        return projected if hopper.takes(x, layer) else projected.parts()
+        return Projected(x, layer, counter)
     if counter is not None:
         counter += 1
     return layer(x)
@@ -187,7 +172,7 @@ def linear(
 
 def linear_swiglu(x: Float[Tensor, "B C"], layer: nn.Module) -> Float[Tensor, "B N"]:
     """value * silu(gate), the two halves of the layer's output."""
-    y = _gated_in_tiles(x, layer)
+    y = _gatedin_tiles(x, layer)
     return swiglu(layer(x)) if y is None else y
 
 
@@ -198,18 +183,18 @@ def linear_convolution(
     past: Float[Tensor, "B P N"],
 ) -> Float[Tensor, "B N"]:
     """silu(conv(u)) * g, u and g the halves of the layer's output; `past` moves on, in place."""
-    y = _gated_in_tiles(x, layer, taps, past) if taps.dtype == x.dtype else None
+    y = _gatedin_tiles(x, layer, taps, past) if taps.dtype == x.dtype else None
     if y is not None:
         return y
     projected = layer(x)
     return gated_short_convolution_step(projected, taps.to(projected.dtype), past)
 
 
-def _gated_in_tiles(
+def _gatedin_tiles(
     x: Tensor, layer: nn.Module, taps: Tensor | None = None, past: Tensor | None = None
 ) -> Tensor | None:
     """None where no kernel takes the call."""
-    if not _in_tiles(x, layer):
+    if not in_tiles(x, layer):
         return None
     assert isinstance(layer, nn.Linear)
     from based.ops.few_rows_linear.tiles import gated_kernel, whole_tile
@@ -221,7 +206,7 @@ def _gated_in_tiles(
 def linears(x: Float[Tensor, "B C"], layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
     """The outputs of up to three layers; a layer alone is called, which is faster."""
     plain = [layer for layer in layers if isinstance(layer, nn.Linear) and layer.bias is None]
-    if 1 < len(plain) == len(layers) and all(_in_tiles(x, layer) for layer in plain):
+    if 1 < len(plain) == len(layers) and all(in_tiles(x, layer) for layer in plain):
         from based.ops.few_rows_linear.tiles import side_by_side_kernel, whole_tile
 
         sizes = [layer.out_features for layer in plain]

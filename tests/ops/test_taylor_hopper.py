@@ -61,6 +61,18 @@ def test_what_the_kernels_take(change, taken: bool, monkeypatch) -> None:
     assert not hopper.takes(x, y)
 
 
+def test_what_was_compiled_is_kept(monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "new"))
+    made = iter((b"one", b"two", b"three"))
+    assert cuda.kept("a", lambda: next(made)) == b"one"
+    assert cuda.kept("a", lambda: next(made)) == b"one"
+    assert cuda.kept("b", lambda: next(made)) == b"two"
+    # Where nothing can be kept, it is made each time.
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert cuda.kept("b", lambda: next(made)) == b"three"
+
+
 @pytest.fixture
 def few_programs(monkeypatch) -> None:
     """So that a few segments are already several strips."""

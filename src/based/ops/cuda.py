@@ -1,13 +1,17 @@
 """CUDA C++ kernels for Hopper, compiled by NVRTC when first used: no compiler is needed.
 
 A source is `words.cuh` and `hopper.cuh`, wrappers of the wgmma widths in use, constants,
-and the kernel's own file. NVRTC comes with torch's CUDA builds; without it (or on another
-GPU) the Triton kernels compute the same.
+and the kernel's own file. What was compiled is kept in the user's cache, in `based`. NVRTC
+comes with torch's CUDA builds; without it (or on another GPU) the Triton kernels compute the
+same.
 """
 
 import ctypes
+import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 from typing import ClassVar
 
@@ -131,7 +135,11 @@ def compile_kernel(
     libraries = _libraries()
     if libraries is None:
         raise RuntimeError("there is no NVRTC")
-    image, driver = _compile(libraries[0], source), libraries[1]
+    nvrtc, driver = libraries
+    version = ctypes.c_int(), ctypes.c_int()
+    nvrtc.nvrtcVersion(*map(ctypes.byref, version))
+    key = f"{[part.value for part in version]} {OPTIONS} {source}"
+    image = kept(key, lambda: _compile(nvrtc, source))
     module, function = ctypes.c_void_p(), ctypes.c_void_p()
     with torch.cuda.device(device):
         _check(driver.cuModuleLoadData(ctypes.byref(module), image))
@@ -176,6 +184,25 @@ def tensor_map(
     )
     at = ctypes.byref(made), BFLOAT16, axes, ctypes.c_void_p(x.data_ptr())
     _check(libraries[1].cuTensorMapEncodeTiled(*at, *numbers, 0, SWIZZLE_128B, PROMOTION_256B, 0))
+    return made
+
+
+def kept(key: str, make: Callable[[], bytes]) -> bytes:
+    """What `make` makes for this key, from the user's cache if it has been made before."""
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "based"
+    except RuntimeError:  # without a home
+        return make()
+    path = folder / f"{sha256(key.encode()).hexdigest()}.cubin"
+    with suppress(OSError):
+        return path.read_bytes()
+    made = make()
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        # Whole or not there, whoever reads meanwhile.
+        part = path.with_suffix(f".{os.getpid()}")
+        part.write_bytes(made)
+        part.replace(path)
     return made
 
 

@@ -27,7 +27,11 @@ ROOT = Path(__file__).parents[1]
 # Where pytest finds `benchmarks.outcomes`.
 PLUGIN = str(ROOT)
 # These run wherever they are; on a GPU they are its tests as well.
-ANYWHERE = ("tests/ops/test_decode_kernels.py", "tests/ops/test_few_rows_linear.py")
+ANYWHERE = (
+    "tests/ops/test_decode_kernels.py",
+    "tests/ops/test_few_rows_linear.py",
+    "tests/ops/test_few_rows_hopper.py",
+)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,9 @@ KINDS = {
     "scan": r"scan|chunk_state|ssd",
     "convolution": r"conv",
     "communication": r"nccl",
-    "matrix products": r"gemm|gemv|_linear_kernel|_tile_kernel|cutlass|nvjet|cublas|xmma|splitk",
+    "matrix products": (
+        r"gemm|gemv|_linear_kernel|_tile_kernel|^product_|cutlass|nvjet|cublas|xmma|splitk"
+    ),
     "optimiser": r"adam|multi_tensor|foreach|lp?norm",
     "copies": r"mem(cpy|set)|copy|cat|fill",
     "sampling": r"_sample",

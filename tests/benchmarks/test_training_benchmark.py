@@ -105,6 +105,7 @@ def test_kernels_by_kind() -> None:
         ("void cutlass::Kernel2<cutlass_80_wmma_tensorop_bf16_s161616gemm>", "matrix products"),
         ("void flash_fwd_kernel<Flash_fwd_kernel_traits<128>>", "attention"),
         ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop", "attention"),
+        ("product_gated", "matrix products"),
         ("carry_states", "Taylor linear attention"),
         ("triton_poi_fused_add_mul_silu_3", "elementwise and norms"),
         ("triton_red_fused__to_copy_convolution_mean_1", "elementwise and norms"),

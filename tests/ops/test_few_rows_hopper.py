@@ -261,10 +261,10 @@ def test_parts_of_other_products(tiles: int, channels: int, rows: int, want: int
 @with_nvcc
 @pytest.mark.parametrize("rows", [32, 96, 128])
 @pytest.mark.parametrize("parts", [1, 2, 4])
-@pytest.mark.parametrize("name", ["back", "gated", "side_by_side"])
+@pytest.mark.parametrize("name", ["product_back", "product_gated", "product_side_by_side"])
 def test_sources_compile_and_keep_their_products_in_flight(name, parts, rows, tmp_path) -> None:
     """Without a register spilled, which would be a stack that no tool has room for."""
-    own = {"gated": {"WIDTH": 3}, "side_by_side": {"SECOND": 256, "THIRD": 512}}
+    own = {"product_gated": {"WIDTH": 3}, "product_side_by_side": {"SECOND": 256, "THIRD": 512}}
     source = tmp_path / "kernel.cu"
     source.write_text(hopper.source(name, rows, 1792, parts, 512, N=1792, **own.get(name, {})))
     flags = ["-cubin", "-arch=sm_90a", "-std=c++17", "-Xptxas", "-v", "-o", tmp_path / "out"]

@@ -70,7 +70,7 @@ def project_back(
     """
     (N, C), rows = weight.shape, x.shape[0]
     parts, block = _parts(N // OUTPUTS, C, SEATS), _block(rows)
-    run = _kernel("back", block, C, parts, 4 * WARPS * block // parts, x.device, N=N)
+    run = _kernel("product_back", block, C, parts, 4 * WARPS * block // parts, x.device, N=N)
     total, scaled = torch.empty_like(residual), torch.empty_like(residual, dtype=gain.dtype)
     squares = torch.empty((N // OUTPUTS, rows), dtype=torch.float32, device=x.device)
     maps = _rows(x, block), _blocks(weight, gated=False)
@@ -96,7 +96,7 @@ def project_gated(
     (NN, C), rows = weight.shape, x.shape[0]
     parts, block = _parts(NN // OUTPUTS, C, _seats(rows)), _block(rows)
     scratch = 4 * block // parts
-    run = _kernel("gated", block, C, parts, scratch, x.device, N=NN // 2, WIDTH=width)
+    run = _kernel("product_gated", block, C, parts, scratch, x.device, N=NN // 2, WIDTH=width)
     out = torch.empty((rows, NN // 2), dtype=x.dtype, device=x.device)
     maps = _rows(x, block), _blocks(weight, gated=True)
     given = scaled.squares, _or_null(bias), _or_null(taps), _or_null(past)
@@ -115,7 +115,9 @@ def project_side_by_side(
     second, third = (sum(sizes[:n]) if len(sizes) > n else N for n in (1, 2))
     parts, block = _parts(N // OUTPUTS, C, _seats(rows)), _block(rows)
     constants = {"N": N, "SECOND": second, "THIRD": third}
-    run = _kernel("side_by_side", block, C, parts, 4 * block // parts, x.device, **constants)
+    run = _kernel(
+        "product_side_by_side", block, C, parts, 4 * block // parts, x.device, **constants
+    )
     out = torch.empty((rows, N), dtype=x.dtype, device=x.device)
     maps = [_blocks(weight, gated=False) for weight in weights]
     maps = _rows(x, block), *maps, *maps[:1] * (3 - len(maps))
@@ -175,7 +177,7 @@ def _kernel(
 
 
 def source(name: str, block: int, channels: int, parts: int, scratch: int, **constants: int) -> str:
-    """The text of a kernel: `back`, `gated` or `side_by_side`."""
+    """The text of a kernel: `product_back`, `product_gated` or `product_side_by_side`."""
     files = [Path(__file__).with_name(file) for file in ("product.cuh", f"{name}.cu")]
     shape = {"ROWS": block, "C": channels, "PARTS": parts, "STAGES": STAGES, "SCRATCH": scratch}
     product = {"MULTIPLY": f"multiply_{block}"}

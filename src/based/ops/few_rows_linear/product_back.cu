@@ -2,7 +2,7 @@
 // squares of total: what the next product needs to norm what it has made of scaled.
 // Constants besides product.cuh's: N. Without bias or counter their pointers are null.
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32, 1) back(
+extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32, 1) product_back(
     const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w, const float* residual, const u16* bias,
     const u16* gain, float* total, u16* scaled, float* squares, i64* counter, i64 rows) {
     extern __shared__ unsigned char memory[];

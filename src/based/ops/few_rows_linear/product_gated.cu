@@ -7,7 +7,7 @@ constexpr int OLDER = WIDTH > 1 ? WIDTH - 1 : 0, SLOTS = OLDER > 0 ? OLDER : 1;
 __device__ __forceinline__ float silu(float x) { return __fdividef(x, 1 + __expf(-x)); }
 __device__ __forceinline__ float half_of(u32 two, int i) { return i ? high(two) : low(two); }
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32, 1) gated(
+extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32, 1) product_gated(
     const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w, const float* squares, const u16* bias,
     const u16* taps, u16* past, u16* out, float eps, i64 rows) {
     extern __shared__ unsigned char memory[];

@@ -223,6 +223,9 @@ def test_what_the_kernels_take(monkeypatch) -> None:
             nn.Linear(128, 64, dtype=torch.float16),
         ):
             assert not hopper.takes(x, plain, layer)
+        plain.bias = nn.Parameter(torch.zeros(64))
+        assert not hopper.takes(x, plain)
+        plain = nn.Linear(128, 64, dtype=BF16)
         plain.weight = nn.Parameter(torch.zeros(64 * 128 + 4, dtype=BF16)[4:].view(64, 128))
         assert not hopper.takes(x, plain)
         monkeypatch.setattr(kernels, "HOPPER", False)

@@ -20,11 +20,11 @@ from based.ops import cuda, kernels
 # As in product.cuh: rows of W of a tile, channels of a step, warps that multiply; and steps in
 # flight: with more of them the first to come are late.
 OUTPUTS, LANES, WARPS, STAGES = 64, 64, 4, 8
-# Numbers of parts of the channels, and programs in clusters of so many that a GPU seats.
+# Parts of the channels, and how many programs in clusters of so many an H100 or H200 seats.
 SEATS = {1: 132, 2: 132, 4: 120}
 # Rows of x that a product has are a multiple of this: eights, in four parts.
 EIGHTS = 32
-# Rows up to which all programs help; of more, adding up costs as much as a share of the GPU.
+# Rows up to which parts fill the GPU; of more, adding up costs what programs beyond these bring.
 MOST_ROWS_SHARED, SHARE = 32, 88
 
 
@@ -48,11 +48,12 @@ def takes(x: Tensor, *layers: nn.Linear) -> bool:
 
 
 def _takes(layer: nn.Linear) -> bool:
-    weight = layer.weight
+    weight, bias = layer.weight, layer.bias
     # A tensor map begins at a multiple of 16 bytes.
     aligned = weight.is_contiguous() and weight.data_ptr() % 16 == 0
     fits = layer.in_features % LANES == 0 and layer.out_features % OUTPUTS == 0
-    return weight.dtype == torch.bfloat16 and aligned and fits
+    halves = all(x is None or x.dtype == torch.bfloat16 for x in (weight, bias))
+    return halves and aligned and fits
 
 
 def project_back(

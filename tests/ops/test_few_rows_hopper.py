@@ -180,7 +180,8 @@ def test_a_step_shares_its_norms(on_hopper, monkeypatch) -> None:
         model = Decoder(config).to(BF16)
         wide = Decoder(config).double()
     wide.load_state_dict(model.state_dict())
-    calls = dict.fromkeys(("project_back", "project_gated", "project_side_by_side"), 0)
+    names = "project_back", "project_gated", "project_side_by_side"
+    calls: dict[str, int] = dict.fromkeys(names, 0)
     for name in calls:
         monkeypatch.setattr(hopper, name, counted(getattr(hopper, name), calls, name))
     states = [model.init_state(5, 8, 3), model.init_state(5, 8, 3), wide.init_state(5, 8)]

@@ -21,6 +21,8 @@ from based.ops.tensor_core import INTERPRETED
 # Rows of W that a program holds, all in flight at once, and its warps; and how many numbers at
 # most, for a single row of x and for several.
 HELD, WARPS, MOST, MOST_OF_SEVERAL = 8, 4, 32768, 16384
+# Bytes of a W that is in registers before the kernel before has ended.
+SMALL = 5 << 20
 
 
 @triton.jit
@@ -122,6 +124,7 @@ def _linear_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_W: tl.constexpr,
+    EARLY: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     let_next_start(OVERLAP)
@@ -154,6 +157,9 @@ def _linear_kernel(
     if WIDTH > 0:
         tap = real[:, None] & (slot < WIDTH)[None, :]
         taps = tl.load(taps_ptr + n[:, None] * WIDTH + slot[None, :], mask=tap, other=0.0)
+    if EARLY:
+        # Again without effect, but the compiler unpacks w before the wait then, not after it.
+        let_next_start(OVERLAP)
     only_wait(OVERLAP)
     where = row[:, None] * C + lane[None, :]
     held = given[:, None] & inside[None, :]
@@ -257,6 +263,7 @@ def linear_kernel(
         BLOCK_C=block_c,
         BLOCK_R=triton.next_power_of_2(rows),
         BLOCK_W=triton.next_power_of_2(max(1, width)),
+        EARLY=not gated and three[0].nbytes <= SMALL,
         **overlap(x),
         num_warps=WARPS,
     )

@@ -18,7 +18,6 @@ from based.generation import Engine
 from based.mixers import State
 from based.models import Decoder
 from based.ops.few_rows_linear import Residual, linear, norm_linear_swiglu
-from based.ops.few_rows_linear.projections import MOST_ROWS
 from based.ops.few_rows_linear.weights import rows_of
 from based.ops.gated_short_convolution import gated_short_convolution_step
 from based.ops.rotary import frequencies_on
@@ -86,7 +85,7 @@ def kernel_cells(batches: tuple[int, ...], device: torch.device) -> Cells:
     """Each decode kernel at the sizes of based-1.3b and based-360m."""
     for batch in batches:
         for head_dim in HEAD_DIMS:
-            made = KERNELS if batch > MOST_ROWS else {**KERNELS, **FEW_ROWS}
+            made = KERNELS if batch > 1 else {**KERNELS, **ONE_ROW}
             for name, make in made.items():
                 key = {"kernel": name, "batch": batch, "head_dim": head_dim}
                 yield key, lambda m=make, b=batch, d=head_dim: _kernel(m, b, d, device)
@@ -158,7 +157,7 @@ def _products(batch: int, D: int, dtype: torch.dtype, gated: bool) -> Made:
 
     def back() -> Tensor:
         y = linear(inner, next(turn))
-        assert isinstance(y, Tensor)  # of few rows
+        assert isinstance(y, Tensor)  # of one row
         return y
 
     return back, moved
@@ -174,7 +173,7 @@ KERNELS: dict[str, Callable[[int, int, torch.dtype], Made]] = {
 }
 
 # Only where steps take them.
-FEW_ROWS: dict[str, Callable[[int, int, torch.dtype], Made]] = {
+ONE_ROW: dict[str, Callable[[int, int, torch.dtype], Made]] = {
     "norm_fc1_swiglu": partial(_products, gated=True),
     "fc2": partial(_products, gated=False),
 }

@@ -90,7 +90,7 @@ def test_kernels_and_state(bench, monkeypatch) -> None:
     monkeypatch.setattr(floors, "median_device_seconds", lambda call, device: call() is not None)
     monkeypatch.setattr(floors, "HEADS", 2)
     got = bench("kernels", "--batches", "2")
-    assert [row["kernel"] for row in got] == [*floors.KERNELS, *floors.FEW_ROWS]
+    assert [row["kernel"] for row in got] == [*floors.KERNELS, *floors.ONE_ROW]
     # A float32 state of 153 x 64 and its normaliser, read and written, two rows of two heads.
     assert got[0]["bytes"] == 2 * 2 * 2 * 153 * 65 * 4
     got = bench("state", "--contexts", "100")[-5:]

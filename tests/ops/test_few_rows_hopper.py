@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from based.models import Decoder, DecoderConfig
 from based.ops import kernels
-from based.ops.few_rows_linear import Projected, Residual, hopper, projections, residual
+from based.ops.few_rows_linear import Projected, Residual, fuses, hopper, projections, residual
 from based.ops.few_rows_linear import linear as project
 from based.ops.gated_short_convolution.reference import gated_short_convolution_reference
 from tests.ops.emulation import COMPILER, emulate
@@ -73,6 +73,7 @@ def scaled_of(rows: int, channels: int) -> tuple[hopper.Scaled, Tensor]:
 @pytest.mark.parametrize(
     ("rows", "outputs", "channels", "late"),
     [
+        (2, 64, 256, False),
         (5, 128, 512, False),
         (33, 64, 192, True),
         (70, 64, 640, False),
@@ -184,9 +185,9 @@ def test_a_step_shares_its_norms(on_hopper, monkeypatch) -> None:
     calls: dict[str, int] = dict.fromkeys(names, 0)
     for name in calls:
         monkeypatch.setattr(hopper, name, counted(getattr(hopper, name), calls, name))
-    states = [model.init_state(5, 8, 3), model.init_state(5, 8, 3), wide.init_state(5, 8)]
+    states = [model.init_state(3, 8, 3), model.init_state(3, 8, 3), wide.init_state(3, 8)]
     for step in range(2):
-        tokens = torch.arange(5, device=DEVICE) + 7 * step
+        tokens = torch.arange(3, device=DEVICE) + 7 * step
         monkeypatch.setattr(kernels, "HOPPER", True)
         with_them = model.step(tokens, states[0])
         before = dict(calls)
@@ -231,6 +232,17 @@ def test_what_the_kernels_take(monkeypatch) -> None:
         assert not hopper.takes(x, plain)
         monkeypatch.setattr(kernels, "HOPPER", False)
         assert not hopper.takes(x, nn.Linear(128, 64, dtype=BF16))
+
+
+def test_a_single_row_is_for_other_kernels(monkeypatch) -> None:
+    monkeypatch.setattr(projections, "use_kernels", lambda x: True)
+    for hoppers in (True, False):
+        monkeypatch.setattr(hopper, "runs", lambda device, found=hoppers: found)
+        layers = [nn.Linear(64, 64, dtype=BF16), nn.Linear(64, 96, dtype=BF16)]
+        for rows, layer, few in ((1, 0, True), (2, 0, not hoppers), (2, 1, True), (5, 1, False)):
+            stream = torch.zeros(rows, 64)
+            given = Residual(stream, None, torch.ones(64, dtype=BF16), EPS)
+            assert fuses(given, layers[layer]) == few
 
 
 def test_what_nothing_shares_is_projected_by_itself(monkeypatch) -> None:

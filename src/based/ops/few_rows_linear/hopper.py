@@ -24,6 +24,8 @@ OUTPUTS, LANES, WARPS, STAGES = 64, 64, 4, 8
 SEATS = {1: 132, 2: 132, 4: 120}
 # Rows of x that a product has are a multiple of this: eights, in four parts.
 EIGHTS = 32
+# Fewer are faster in kernels of few rows.
+FEWEST_ROWS = 2
 # Rows up to which parts fill the GPU; of more, adding up costs what programs beyond these bring.
 MOST_ROWS_SHARED, SHARE = 32, 88
 
@@ -37,17 +39,17 @@ class Scaled(NamedTuple):
 
 
 def takes(x: Tensor, *layers: nn.Linear) -> bool:
-    """Whether the kernels here are for these layers, and for up to 128 rows where x is."""
-    return (
-        kernels.HOPPER
-        and cuda.is_hopper(x.device)
-        and not torch.compiler.is_compiling()
-        and x.dtype == torch.bfloat16
-        and all(map(_takes, layers))
-    )
+    """Whether the kernels here multiply these layers' weights by up to 128 rows such as x."""
+    return x.dtype == torch.bfloat16 and runs(x.device) and all(map(reads, layers))
 
 
-def _takes(layer: nn.Linear) -> bool:
+def runs(device: torch.device) -> bool:
+    """Whether the kernels here run on it."""
+    return kernels.HOPPER and cuda.is_hopper(device) and not torch.compiler.is_compiling()
+
+
+def reads(layer: nn.Linear) -> bool:
+    """Whether a layer's weight is such as the kernels here read."""
     weight, bias = layer.weight, layer.bias
     # A tensor map begins at a multiple of 16 bytes.
     aligned = weight.is_contiguous() and weight.data_ptr() % 16 == 0

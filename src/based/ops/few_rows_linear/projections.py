@@ -48,8 +48,13 @@ def _few(x: Tensor, width: int, *layers: nn.Module) -> bool:
     """Whether rows are few for layers from or to a residual stream so wide."""
     if not use_kernels(x) or x.shape[0] > MOST_ROWS:
         return False
-    in_tiles = (isinstance(y, nn.Linear) and plain(y) and y.weight.itemsize == 2 for y in layers)
-    return x.shape[0] <= MOST_ROWS_WIDE or width < WIDE or not any(in_tiles)
+    plain_layers = [y for y in layers if isinstance(y, nn.Linear) and plain(y)]
+    if x.shape[0] >= hopper.FEWEST_ROWS and hopper.runs(x.device):
+        read = [layer for layer in plain_layers if hopper.reads(layer)]
+        if read and len(read) == len(layers):
+            return False
+    halves = any(layer.weight.itemsize == 2 for layer in plain_layers)
+    return x.shape[0] <= MOST_ROWS_WIDE or width < WIDE or not halves
 
 
 def _shares_norm(residual: Residual, *layers: nn.Module) -> bool:

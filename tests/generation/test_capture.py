@@ -5,6 +5,7 @@ device or copies from the host is an error there, as it would be while a graph i
 """
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from based.generation.step import DecodeStep
 from based.mixers.taylor_linear_attention import TaylorLinearAttention
 from based.models import Decoder, preset
 from based.models.presets import PRESETS
+from based.ops.few_rows_linear import hopper
 from based.ops.token_sampling.decode import _sample_kernel
 
 PAGE = Path(__file__).parents[2] / "docs" / "generation.md"
@@ -98,7 +100,7 @@ def test_a_step_of_one_row_is_few_launches(launches: Launches) -> None:
     nodes = step_nodes("based-1.3b", 1, launches)
     assert nodes.total() == 22 * 2 + 14 * 3 + 36 * 2 + 5, nodes
     assert nodes["_linear_kernel"] == 22 * 2 + 14 * 2 + 36 * 2 + 1
-    assert f"{nodes.total()} kernels\na token" in PAGE.read_text()
+    assert f"{nodes.total()} kernels a token" in PAGE.read_text()
 
 
 def test_a_step_of_many_rows_fuses_what_stands_between_products(launches: Launches) -> None:
@@ -110,3 +112,20 @@ def test_a_step_of_many_rows_fuses_what_stands_between_products(launches: Launch
     # Norms, kernels of attentions, folds, embedding and its cast, sampling.
     assert nodes.total() - products == 73 + 14 + 7 + 3, nodes
     assert f"a step of many rows has {nodes.total()}." in PAGE.read_text()
+
+
+def test_on_hopper_norms_are_in_the_products(launches: Launches, monkeypatch) -> None:
+    def kernel(name: str, *_: object, **__: object) -> Callable[..., None]:
+        return lambda *_, **__: launches.nodes.update([name])
+
+    monkeypatch.setattr(hopper, "runs", lambda device: True)
+    monkeypatch.setattr(hopper, "_kernel", kernel)
+    monkeypatch.setattr(hopper.cuda, "tensor_map", lambda *_: 0)
+    nodes = step_nodes("based-1.3b", 128, launches)
+    assert nodes["product_back"] == 36 + 22 + 14 - 1
+    assert nodes["product_gated"] == 36 + 22 - 1
+    assert nodes["product_side_by_side"] == 14
+    # The first norm and what it is for, the last projection, its norm and the head.
+    assert nodes["_tile_kernel"] == 2
+    assert nodes["_add_rms_norm_kernel"] == 2
+    assert f"So a step of many rows has\n{nodes.total()} kernels there." in PAGE.read_text()

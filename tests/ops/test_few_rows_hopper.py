@@ -10,7 +10,15 @@ from torch.nn import functional as F
 
 from based.models import Decoder, DecoderConfig
 from based.ops import kernels
-from based.ops.few_rows_linear import Projected, Residual, fuses, hopper, projections, residual
+from based.ops.few_rows_linear import (
+    Projected,
+    Residual,
+    fuses,
+    hopper,
+    normed,
+    projections,
+    residual,
+)
 from based.ops.few_rows_linear import linear as project
 from based.ops.gated_short_convolution.reference import gated_short_convolution_reference
 from tests.ops.emulation import COMPILER, emulate
@@ -253,7 +261,7 @@ def test_what_nothing_shares_is_projected_by_itself(monkeypatch) -> None:
     branch = project(x, layer, counter)
     assert isinstance(branch, Projected)
     assert not bool(counter.any())
-    total, _ = Residual(stream, branch, torch.ones(20), EPS).normed()
+    total, _ = normed(Residual(stream, branch, torch.ones(20), EPS))
     torch.testing.assert_close(total, stream + layer(x))
     assert bool((counter == 1).all())
 

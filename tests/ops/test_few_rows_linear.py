@@ -11,6 +11,7 @@ from based.models import Decoder, DecoderConfig, DecoderState
 from based.ops import few_rows_linear
 from based.ops.elementwise import add_rms_norm
 from based.ops.few_rows_linear import Projected, Residual, decode
+from based.ops.few_rows_linear import residual as residual_module
 from based.ops.few_rows_linear.tiles import divide, whole_tile
 from based.ops.gated_short_convolution.reference import gated_short_convolution_reference
 
@@ -36,7 +37,7 @@ def product_of(x: Tensor, layer: nn.Linear, counter: Tensor) -> tuple[Tensor, Te
     """What a norm would make of the layer's output, and the bias that is left to it."""
     branch = few_rows_linear.linear(x, layer, counter)
     assert isinstance(branch, Projected)
-    return branch.product()
+    return residual_module.product(branch)
 
 
 def exact(given: Residual) -> tuple[Tensor, Tensor]:
@@ -220,10 +221,10 @@ def test_other_products_are_whole(rows: int, dtype: torch.dtype) -> None:
     assert torch.equal(got, F.linear(x, layer.weight))
     assert bool((counter == 1).all())
     given = residual(rows, 128, dtype, with_branch=False)
-    total, normed = given._replace(branch=few_rows_linear.linear(x, layer)).normed()
+    total, y = few_rows_linear.normed(given._replace(branch=few_rows_linear.linear(x, layer)))
     want = given.x.double() + F.linear(x.double(), layer.weight.double(), layer.bias.double())
     close(total, want, TOLERANCE[dtype])
-    close(normed, exact(given._replace(x=want))[1], TOLERANCE[dtype])
+    close(y, exact(given._replace(x=want))[1], TOLERANCE[dtype])
 
 
 def test_only_few_rows_and_plain_layers_are_fused() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from based.errors import BasedError
 from based.mixers import packing
 from based.mixers.state import State
-from based.ops.few_rows_linear import Projected, Residual
+from based.ops.few_rows_linear import Projected, Residual, normed
 
 
 class TensorSpec(NamedTuple):
@@ -73,8 +73,8 @@ class Mixer(nn.Module, ABC):
 
         Overridden where the norm, or the next one, can join the kernels of the step.
         """
-        x, normed = residual.normed()
-        return x, self.step(normed, state)
+        x, y = normed(residual)
+        return x, self.step(y, state)
 
     def mix_packed(
         self,

@@ -25,6 +25,7 @@ from based.ops.few_rows_linear import (
     linear,
     norm_linear,
     norm_linear_swiglu,
+    normed,
 )
 from based.ops.kernels import one_step
 from based.ops.linear_cross_entropy import linear_cross_entropy
@@ -278,12 +279,12 @@ class Decoder(nn.Module):
         residual = self._step_blocks(tokens, state)
         if residual.x.shape[0] and fuses(residual):
             return norm_linear(residual, [self.embedding.weight])[1]
-        return self.logits(residual.normed()[1])
+        return self.logits(normed(residual)[1])
 
     @torch.no_grad()
     def step_hidden(self, tokens: Int[Tensor, " B"], state: DecoderState) -> Float[Tensor, "B C"]:
         """As `step`, but returns the final hidden states, ready for `logits`."""
-        return self._step_blocks(tokens, state).normed()[1]
+        return normed(self._step_blocks(tokens, state))[1]
 
     def _step_blocks(self, tokens: Tensor, state: DecoderState) -> Residual:
         x, branch = self._embed(tokens), None

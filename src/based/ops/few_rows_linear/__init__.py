@@ -13,7 +13,7 @@ from based.ops.few_rows_linear.projections import (
     norm_linears,
     readable,
 )
-from based.ops.few_rows_linear.residual import Projected, Residual
+from based.ops.few_rows_linear.residual import Projected, Residual, normed
 
 __all__ = [
     "MOST_ROWS",
@@ -28,5 +28,6 @@ __all__ = [
     "norm_linear_convolution",
     "norm_linear_swiglu",
     "norm_linears",
+    "normed",
     "readable",
 ]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from based.ops.elementwise import swiglu
 from based.ops.few_rows_linear import hopper
-from based.ops.few_rows_linear.residual import Projected, Residual, in_tiles, plain
+from based.ops.few_rows_linear.residual import Projected, Residual, in_tiles, normed, plain
 from based.ops.few_rows_linear.weights import rows_of
 from based.ops.gated_short_convolution import gated_short_convolution_step
 from based.ops.kernels import use_kernels
@@ -110,8 +110,8 @@ def norm_linears(
         if _shares_norm(residual, *layers):
             x, scaled = _project(residual)
             return x, hopper.project_side_by_side(scaled, weights, plain[0].bias).split(sizes, -1)
-    x, normed = residual.normed()
-    return x, linears(normed, layers)
+    x, y = normed(residual)
+    return x, linears(y, layers)
 
 
 def norm_linear_swiglu(
@@ -128,8 +128,8 @@ def norm_linear_swiglu(
         assert isinstance(layer, nn.Linear)
         x, scaled = _project(residual)
         return x, hopper.project_gated(scaled, layer.weight, layer.bias)
-    x, normed = residual.normed()
-    return x, linear_swiglu(normed, layer)
+    x, y = normed(residual)
+    return x, linear_swiglu(y, layer)
 
 
 def norm_linear_convolution(
@@ -152,8 +152,8 @@ def norm_linear_convolution(
         assert isinstance(layer, nn.Linear)
         x, scaled = _project(residual)
         return x, hopper.project_gated(scaled, layer.weight, layer.bias, taps, past)
-    x, normed = residual.normed()
-    return x, linear_convolution(normed, layer, taps, past)
+    x, y = normed(residual)
+    return x, linear_convolution(y, layer, taps, past)
 
 
 def linear(

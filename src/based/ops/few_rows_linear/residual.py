@@ -20,22 +20,6 @@ class Projected(NamedTuple):
     layer: nn.Linear
     counter: Int[Tensor, " B"] | None
 
-    def product(self) -> tuple[Float[Tensor, "*S B N"], Float[Tensor, " N"] | None]:
-        """The branch, perhaps as float32 parts of a sum, and a bias that it still lacks.
-
-        The counter is advanced by one. A library call without a bias is faster.
-        """
-        weight, bias = self.layer.weight, self.layer.bias
-        if in_tiles(self.x, self.layer):
-            from based.ops.few_rows_linear.tiles import divide, parts_kernel
-
-            division = divide(*weight.shape)
-            if division is not None:
-                return parts_kernel(self.x, weight, bias, self.counter, division), None
-        if self.counter is not None:
-            self.counter.add_(1)
-        return F.linear(self.x, weight), bias
-
 
 class Residual(NamedTuple):
     """A residual stream x + branch, and the RMSNorm that the next branch begins with.
@@ -48,12 +32,31 @@ class Residual(NamedTuple):
     weight: Float[Tensor, " C"]
     eps: float
 
-    def normed(self) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B C"]]:
-        """x + branch, and its norm."""
-        branch, bias = self.branch, None
-        if isinstance(branch, Projected):
-            branch, bias = branch.product()
-        return add_rms_norm(self.x, branch, self.weight, self.eps, bias)
+
+def normed(residual: Residual) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B C"]]:
+    """x + branch, and its norm."""
+    x, branch, weight, eps = residual
+    bias = None
+    if isinstance(branch, Projected):
+        branch, bias = product(branch)
+    return add_rms_norm(x, branch, weight, eps, bias)
+
+
+def product(branch: Projected) -> tuple[Float[Tensor, "*S B N"], Float[Tensor, " N"] | None]:
+    """The branch, perhaps as float32 parts of a sum, and a bias that it still lacks.
+
+    The counter is advanced by one. A library call without a bias is faster.
+    """
+    x, layer, counter = branch
+    if in_tiles(x, layer):
+        from based.ops.few_rows_linear.tiles import divide, parts_kernel
+
+        division = divide(*layer.weight.shape)
+        if division is not None:
+            return parts_kernel(x, layer.weight, layer.bias, counter, division), None
+    if counter is not None:
+        counter += 1
+    return F.linear(x, layer.weight), layer.bias
 
 
 def plain(layer: nn.Module) -> bool:

@@ -101,15 +101,17 @@ def norm_linears(
 
     Only a layer alone may have a bias where they are fused.
     """
-    plain = [layer for layer in layers if isinstance(layer, nn.Linear)]
-    if len(plain) == 1 or all(layer.bias is None for layer in plain):
-        weights, sizes = [y.weight for y in plain], [y.out_features for y in plain]
+    linear_layers = [layer for layer in layers if isinstance(layer, nn.Linear)]
+    if len(linear_layers) == 1 or all(layer.bias is None for layer in linear_layers):
+        weights, sizes = [y.weight for y in linear_layers], [y.out_features for y in linear_layers]
         if fuses(residual, *layers):
-            x, y = norm_linear(residual, weights, plain[0].bias)
+            x, y = norm_linear(residual, weights, linear_layers[0].bias)
             return x, y.split(sizes, dim=-1)
         if _shares_norm(residual, *layers):
             x, scaled = _project(residual)
-            return x, hopper.project_side_by_side(scaled, weights, plain[0].bias).split(sizes, -1)
+            return x, hopper.project_side_by_side(scaled, weights, linear_layers[0].bias).split(
+                sizes, -1
+            )
     x, y = normed(residual)
     return x, linears(y, layers)
 
@@ -177,7 +179,7 @@ def linear(
 
 def linear_swiglu(x: Float[Tensor, "B C"], layer: nn.Module) -> Float[Tensor, "B N"]:
     """value * silu(gate), the two halves of the layer's output."""
-    y = _gatedin_tiles(x, layer)
+    y = _gated_in_tiles(x, layer)
     return swiglu(layer(x)) if y is None else y
 
 
@@ -188,14 +190,14 @@ def linear_convolution(
     past: Float[Tensor, "B P N"],
 ) -> Float[Tensor, "B N"]:
     """silu(conv(u)) * g, u and g the halves of the layer's output; `past` moves on, in place."""
-    y = _gatedin_tiles(x, layer, taps, past) if taps.dtype == x.dtype else None
+    y = _gated_in_tiles(x, layer, taps, past) if taps.dtype == x.dtype else None
     if y is not None:
         return y
     projected = layer(x)
     return gated_short_convolution_step(projected, taps.to(projected.dtype), past)
 
 
-def _gatedin_tiles(
+def _gated_in_tiles(
     x: Tensor, layer: nn.Module, taps: Tensor | None = None, past: Tensor | None = None
 ) -> Tensor | None:
     """None where no kernel takes the call."""
@@ -210,13 +212,13 @@ def _gatedin_tiles(
 
 def linears(x: Float[Tensor, "B C"], layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
     """The outputs of up to three layers; a layer alone is called, which is faster."""
-    plain = [layer for layer in layers if isinstance(layer, nn.Linear) and layer.bias is None]
-    if 1 < len(plain) == len(layers) and all(in_tiles(x, layer) for layer in plain):
+    unbiased = [layer for layer in layers if isinstance(layer, nn.Linear) and layer.bias is None]
+    if 1 < len(unbiased) == len(layers) and all(in_tiles(x, layer) for layer in unbiased):
         from based.ops.few_rows_linear.tiles import side_by_side_kernel, whole_tile
 
-        sizes = [layer.out_features for layer in plain]
+        sizes = [layer.out_features for layer in unbiased]
         tile = whole_tile(x.shape[1], *sizes)
         if tile is not None:
-            y = side_by_side_kernel(x, [layer.weight for layer in plain], tile)
+            y = side_by_side_kernel(x, [layer.weight for layer in unbiased], tile)
             return y.split(sizes, dim=-1)
     return tuple(layer(x) for layer in layers)

@@ -13,6 +13,14 @@ __device__ __forceinline__ u32 times(u32 a, u32 b) {
     return product;
 }
 
+// x / (1 + e^-x); 0 where e^-x is too large for a float.
+__device__ __forceinline__ float silu(float x) {
+    float power, sigmoid;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x * -1.4426950409f));
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(sigmoid) : "f"(1 + power));
+    return x * sigmoid;
+}
+
 __device__ __forceinline__ u32 address(const void* shared) {
     return (u32)__cvta_generic_to_shared(shared);
 }
@@ -36,6 +44,12 @@ __device__ __forceinline__ void store4(u32 to, u32 x) {
 __device__ __forceinline__ u32 load4(u32 from) {
     u32 x;
     asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(from) : "memory");
+    return x;
+}
+
+__device__ __forceinline__ float2_ load_two(u32 from) {
+    float2_ x;
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(from) : "memory");
     return x;
 }
 
@@ -106,6 +120,12 @@ __device__ __forceinline__ void await_barrier(u32 barrier, u32 parity) {
     asm volatile("{\n.reg .pred p;\nAGAIN_%=:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@p bra OVER_%=;\n"
         "bra AGAIN_%=;\nOVER_%=:\n}" ::"r"(barrier), "r"(parity) : "memory");
 }
+// One thread of a whole warp, which the compiler then knows to be alone: else it starts a copy in a loop.
+__device__ __forceinline__ bool elected() {
+    u32 one;
+    asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xFFFFFFFF;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(one));
+    return one;
+}
 // Of so many of the threads.
 __device__ __forceinline__ void named_barrier(int name, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(threads) : "memory");
@@ -134,7 +154,7 @@ __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.w
 // The same place in the shared memory of another one.
 __device__ __forceinline__ u32 in_program(u32 place, u32 rank) {
     u32 there;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(place), "r"(rank));
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(place), "r"(rank));
     return there;
 }
 // 16 bytes into another one's memory, and onto its barrier.

@@ -85,6 +85,7 @@ static void meet_warp() { meet(warp_groups[self / 32]); }
 static void meet_warpgroup() { meet(warpgroup_groups[warpgroup()]); }
 static void __syncthreads() { meet(block_groups[rank()]); }
 static void __syncwarp() { meet_warp(); }
+static bool elected() { return threadIdx.x % 32 == 0; }
 static void named_barrier(int name, int threads) {
     Group& group = named_groups[{rank(), name}];
     group.size = threads;
@@ -110,8 +111,7 @@ template <class T> T __shfl_xor_sync(u32 mask, T value, int with) {
 
 // ---- numbers
 
-inline float __fdividef(float a, float b) { return a / b; }
-inline float __expf(float x) { return std::exp(x); }
+inline float silu(float x) { return x / (1 + std::exp(-x)); }
 inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 
 inline u16 rounded(float x) {
@@ -216,6 +216,7 @@ inline void send(u32 to, const float* four, u32 barrier) {
     unsigned char* place = at(to);
     bring(barrier, 16, [=] { std::memcpy(place, &x, 16); });
 }
+inline float2_ load_two(u32 from) { float2_ x; std::memcpy(&x, at(from), 8); return x; }
 inline float4_ load_four(u32 from) { float4_ x; std::memcpy(&x, at(from), 16); return x; }
 inline void let_next_start() {}
 inline void wait_for_previous() {}

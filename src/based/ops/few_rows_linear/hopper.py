@@ -173,7 +173,7 @@ def _kernel(
     **constants: int,
 ) -> Callable[..., None]:
     step = OUTPUTS * LANES * 2 + block * LANES * 2
-    sums = (parts - 1) * block // parts * WARPS * 64
+    sums = block * WARPS * 64 if parts > 1 else 0
     shared = STAGES * step + sums + scratch + 8 * (2 * STAGES + 1) + 1023
     text = source(name, block, channels, parts, scratch, **constants)
     return cuda.compile_kernel(name, text, shared, device, parts)

@@ -6,9 +6,9 @@
 constexpr int LANES = 64, STEPS = C / PARTS / LANES, AHEAD = STAGES < STEPS ? STAGES : STEPS;
 // Warps that multiply, each with a block of 16 of W's rows; bytes of a step's weights, and of all of it.
 constexpr int WARPS = 4, OF_W = WARPS * 16 * 128, STEP = OF_W + ROWS * 128;
-// Rows that a program finishes, eights of them, and bytes of an eight from another part.
-constexpr int OWN = ROWS / PARTS, EIGHTS = OWN / 8, SENT = WARPS * 512;
-constexpr int SUMS = STAGES * STEP, OF_KERNEL = SUMS + (PARTS - 1) * EIGHTS * SENT, BARRIERS = OF_KERNEL + SCRATCH;
+// Rows that a program finishes, eights of them, and bytes of an eight and of all from each part.
+constexpr int OWN = ROWS / PARTS, EIGHTS = OWN / 8, SENT = WARPS * 512, OF_PARTS = PARTS > 1 ? PARTS * EIGHTS * SENT : 0;
+constexpr int SUMS = STAGES * STEP, OF_KERNEL = SUMS + OF_PARTS, BARRIERS = OF_KERNEL + SCRATCH;
 
 struct Program {
     u32 memory, full, empty, sums, own;
@@ -22,17 +22,26 @@ struct Program {
             for (int s = 0; s < STAGES; s++) start_barrier(full + 8 * s, 1), start_barrier(empty + 8 * s, WARPS);
             start_barrier(sums, 1);
             barriers_started();
-            expect(sums, (PARTS - 1) * EIGHTS * SENT);
+            expect(sums, OF_PARTS);
         }
         __syncthreads();
         cluster_arrive();
     }
     __device__ __forceinline__ bool multiplies() const { return warp < WARPS; }
     __device__ __forceinline__ void together() const { named_barrier(1, WARPS * 32); }
-    // The row of an eight of which this thread finishes two neighbours of a block's outputs, the first of them.
+    // Of each eight a thread multiplies two neighbouring rows by a block's outputs lane / 4 and 8 more. Once turned
+    // it has one of these rows, by two neighbouring outputs, the first of which is pair().
+    __device__ __forceinline__ bool odd() const { return lane / 4 % 2; }
+    __device__ __forceinline__ int own_row(int eight) const { return 8 * eight + lane % 4 * 2 + odd(); }
     __device__ __forceinline__ int row(int eight) const { return part * OWN + own_row(eight); }
-    __device__ __forceinline__ int own_row(int eight) const { return 8 * eight + lane % 4 * 2 + lane / 4 % 2; }
     __device__ __forceinline__ int pair() const { return lane / 8 * 2; }
+    __device__ __forceinline__ void turn(float& a, float& b) const {
+        float other = __shfl_xor_sync(~0u, odd() ? a : b, 4);
+        a = odd() ? other : a, b = odd() ? b : other;
+    }
+    __device__ __forceinline__ u32 turned(u32 two) const {
+        return __byte_perm(two, __shfl_xor_sync(~0u, two, 4), odd() ? 0x3276 : 0x5410);
+    }
 
     // Copies what the others multiply, W's rows from a block on; by one warp.
     __device__ __forceinline__ void feed(const TensorMap& x, const TensorMap& w, int block) const {
@@ -46,7 +55,7 @@ struct Program {
             u32 slot = k % STAGES;
             copy_rows(memory + slot * STEP + OF_W, x, first + k * LANES, 0, full + 8 * slot);
         };
-        if (lane == 0) {
+        if (elected()) {
             prefetch_map(x);
             for (int k = 0; k < AHEAD; k++) weights(k);
             let_next_start();
@@ -81,42 +90,53 @@ struct Program {
         settle(d);
     }
 
-    // All parts' sums of this program's rows, always in the same order: y[i] has of eight i this thread's row,
-    // two neighbouring outputs and those 8 further on. Every thread that multiplies has waited for the cluster.
+    // All parts' sums of this program's rows, always in the same order: y[i] has of eight i two rows of an output,
+    // and of that 8 further on. Every thread that multiplies has waited for the cluster.
     __device__ __forceinline__ void add_up(const float (&d)[ROWS / 2], float (&y)[EIGHTS][4]) const {
+        if (PARTS == 1) {
+#pragma unroll
+            for (int i = 0; i < 4 * EIGHTS; i++) y[i / 4][i % 4] = d[i];
+            return;
+        }
         u32 at = memory + SUMS + threadIdx.x * 16;
 #pragma unroll
         for (int other = 0; other < PARTS; other++) {
-            const float* of_other = d + 4 * EIGHTS * other;
-            if (other == part) {
+            u32 to = in_program(at + part * EIGHTS * SENT, other), barrier = in_program(sums, other);
 #pragma unroll
-                for (int i = 0; i < 4 * EIGHTS; i++) y[i / 4][i % 4] = of_other[i];
-            } else {
-                u32 from = part < other ? part : part - 1, to = in_program(at + from * EIGHTS * SENT, other);
-                u32 barrier = in_program(sums, other);
-#pragma unroll
-                for (int i = 0; i < EIGHTS; i++) send(to + i * SENT, of_other + 4 * i, barrier);
-            }
+            for (int i = 0; i < EIGHTS; i++) send(to + i * SENT, d + 4 * (EIGHTS * other + i), barrier);
         }
-        if (PARTS > 1) await_barrier(sums, 0);
-        bool odd = lane / 4 % 2;
+        await_barrier(sums, 0);
 #pragma unroll
         for (int i = 0; i < EIGHTS; i++) {
-            float4_ sum = {};
+            float4_ sum = load_four(at + i * SENT);
 #pragma unroll
-            for (int p = 0; p < PARTS; p++) {
-                float4_ add = {y[i][0], y[i][1], y[i][2], y[i][3]};
-                if (p != part) add = load_four(at + ((p < part ? p : p - 1) * EIGHTS + i) * SENT);
+            for (int p = 1; p < PARTS; p++) {
+                float4_ add = load_four(at + (p * EIGHTS + i) * SENT);
                 sum.x += add.x, sum.y += add.y, sum.z += add.z, sum.w += add.w;
             }
-            // An output's two rows become a row's two outputs.
-            float near = __shfl_xor_sync(~0u, odd ? sum.x : sum.y, 4), far = __shfl_xor_sync(~0u, odd ? sum.z : sum.w, 4);
-            y[i][0] = odd ? near : sum.x, y[i][1] = odd ? sum.y : near;
-            y[i][2] = odd ? far : sum.z, y[i][3] = odd ? sum.w : far;
+            y[i][0] = sum.x, y[i][1] = sum.y, y[i][2] = sum.z, y[i][3] = sum.w;
         }
     }
 
-    // 1 / rms of this program's rows, of which x has a gain alone, into its scratch; by threads that multiply.
+    // What add_up finds, divided by the rms of x's rows, of which x has a norm's gain alone, and two outputs' bias.
+    __device__ __forceinline__ void multiply_normed(
+        const float* squares, float eps, i64 rows, const float (&bias)[2], float (&y)[EIGHTS][4]) const {
+        cluster_wait();
+        wait_for_previous();
+        find_scales(squares, eps, rows);
+        float d[ROWS / 2];
+        multiply(d);
+        add_up(d, y);
+        together();
+#pragma unroll
+        for (int i = 0; i < EIGHTS; i++) {
+            float2_ scale = load_two(own + 4 * (8 * i + lane % 4 * 2));
+#pragma unroll
+            for (int h = 0; h < 4; h++) y[i][h] = y[i][h] * (h % 2 ? scale.y : scale.x) + bias[h / 2];
+        }
+    }
+
+    // 1 / rms of this program's rows into its scratch, by threads that multiply.
     __device__ __forceinline__ void find_scales(const float* squares, float eps, i64 rows) const {
         i64 of = part * OWN + threadIdx.x;
         if (threadIdx.x >= OWN || of >= rows) return;
@@ -124,10 +144,5 @@ struct Program {
 #pragma unroll
         for (int i = 0; i < C / LANES; i++) sum += squares[i * rows + of];
         store4(own + 4 * threadIdx.x, __float_as_uint(rsqrtf(sum / C + eps)));
-    }
-    __device__ __forceinline__ void take_scales(float (&scale)[EIGHTS]) const {
-        together();
-#pragma unroll
-        for (int i = 0; i < EIGHTS; i++) scale[i] = __uint_as_float(load4(own + 4 * own_row(i)));
     }
 };

@@ -9,6 +9,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32, 1) product_back(
     const Program program(address(memory));
     if (!program.multiplies()) return program.feed(x, w, program.tile * WARPS);
     int n = (program.tile * WARPS + program.warp) * 16 + program.pair();
+    int row = program.row(0), real = (int)rows - row;
+    i64 first = (i64)row * N + n;
     float gains[4], shift[4] = {}, kept[EIGHTS][4];
 #pragma unroll
     for (int h = 0; h < 4; h++) {
@@ -23,7 +25,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32, 1) product_back(
 #pragma unroll
         for (int h = 0; h < 4; h += 2) {
             float2_ two = {};
-            if (program.row(i) < rows) two = *(const float2_*)(residual + (i64)program.row(i) * N + n + 4 * h);
+            if (8 * i < real) two = *(const float2_*)(residual + first + 8 * i * N + 4 * h);
             kept[i][h] = two.x, kept[i][h + 1] = two.y;
         }
     float d[ROWS / 2], y[EIGHTS][4];
@@ -31,27 +33,27 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32, 1) product_back(
     program.add_up(d, y);
 #pragma unroll
     for (int i = 0; i < EIGHTS; i++) {
-        bool real = program.row(i) < rows;
         float square = 0;
+        program.turn(y[i][0], y[i][1]), program.turn(y[i][2], y[i][3]);
 #pragma unroll
         for (int h = 0; h < 4; h += 2) {
-            i64 at = (i64)program.row(i) * N + n + 4 * h;
+            i64 at = first + 8 * i * N + 4 * h;
             float even = y[i][h] + shift[h] + kept[i][h], odd = y[i][h + 1] + shift[h + 1] + kept[i][h + 1];
             square += even * even + odd * odd;
-            if (real) *(float2_*)(total + at) = {even, odd};
-            if (real) *(u32*)(scaled + at) = pack(even * gains[h], odd * gains[h + 1]);
+            if (8 * i < real) *(float2_*)(total + at) = {even, odd};
+            if (8 * i < real) *(u32*)(scaled + at) = pack(even * gains[h], odd * gains[h + 1]);
         }
         square += __shfl_xor_sync(~0u, square, 8);
         square += __shfl_xor_sync(~0u, square, 16);
         if (program.lane < 8) store4(program.own + 4 * (program.warp * OWN + program.own_row(i)), __float_as_uint(square));
     }
     program.together();
-    i64 row = program.part * OWN + threadIdx.x;
-    if (threadIdx.x < OWN && row < rows) {
+    i64 summed = program.part * OWN + threadIdx.x;
+    if (threadIdx.x < OWN && summed < rows) {
         float sum = 0;
 #pragma unroll
         for (int i = 0; i < WARPS; i++) sum += __uint_as_float(load4(program.own + 4 * (i * OWN + threadIdx.x)));
-        squares[program.tile * rows + row] = sum;
+        squares[program.tile * rows + summed] = sum;
     }
     if (counter && blockIdx.x == 0 && threadIdx.x < rows) counter[threadIdx.x] += 1;
 }

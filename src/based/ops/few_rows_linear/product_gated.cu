@@ -4,7 +4,6 @@
 
 constexpr int OLDER = WIDTH > 1 ? WIDTH - 1 : 0, SLOTS = OLDER > 0 ? OLDER : 1;
 
-__device__ __forceinline__ float silu(float x) { return __fdividef(x, 1 + __expf(-x)); }
 __device__ __forceinline__ float half_of(u32 two, int i) { return i ? high(two) : low(two); }
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32, 1) product_gated(
@@ -13,45 +12,48 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32, 1) product_gated(
     extern __shared__ unsigned char memory[];
     const Program program(address(memory));
     if (!program.multiplies()) return program.feed(x, w, program.tile * WARPS);
-    int n = (program.tile * WARPS + program.warp) * 8 + program.pair();
-    float shift[4] = {}, tap[WIDTH > 0 ? 2 * WIDTH : 1], scale[EIGHTS], d[ROWS / 2], y[EIGHTS][4];
+    int block = (program.tile * WARPS + program.warp) * 8, n = block + program.pair(), of = block + program.lane / 4;
+    // Of an eight; the first one's row of this thread, and those from there on.
+    constexpr int NEXT = 8 * N / 2;
+    int row = program.row(0), real = (int)rows - row;
+    u32* to = (u32*)(out + (i64)row * N + n);
+    u32* held = (u32*)(past + (i64)row * OLDER * N + n);
+    float shift[2] = {}, tap[WIDTH > 0 ? 2 * WIDTH : 1], y[EIGHTS][4];
     u32 older[EIGHTS][SLOTS];
-#pragma unroll
-    for (int h = 0; h < 4; h++) if (bias) shift[h] = low(bias[h / 2 * N + n + h % 2]);
+    if (bias) shift[0] = low(bias[of]), shift[1] = low(bias[N + of]);
 #pragma unroll
     for (int t = 0; t < 2 * WIDTH; t++) tap[t] = low(taps[n * WIDTH + t]);
 #pragma unroll
     for (int i = 0; i < EIGHTS; i++)
 #pragma unroll
-        for (int s = 0; s < OLDER; s++)
-            older[i][s] = program.row(i) < rows ? *(const u32*)(past + ((i64)program.row(i) * OLDER + s) * N + n) : 0;
-    cluster_wait();
-    wait_for_previous();
-    program.find_scales(squares, eps, rows);
-    program.multiply(d);
-    program.take_scales(scale);
-    program.add_up(d, y);
+        for (int s = 0; s < OLDER; s++) older[i][s] = 8 * i < real ? held[i * OLDER * NEXT + s * N / 2] : 0;
+    program.multiply_normed(squares, eps, rows, shift, y);
+    // All shuffles together (the compiler would keep none that it can put off), so that none waits for a silu.
+    u32 made[EIGHTS], newest[EIGHTS];
 #pragma unroll
     for (int i = 0; i < EIGHTS; i++) {
-        float value[2], gate[2], made[2];
+        if (WIDTH == 0) continue;
+        newest[i] = program.turned(pack(y[i][0], y[i][1]));
+        program.turn(y[i][2], y[i][3]);
 #pragma unroll
-        for (int h = 0; h < 2; h++) value[h] = y[i][h] * scale[i] + shift[h], gate[h] = y[i][2 + h] * scale[i] + shift[2 + h];
-        u32 newest = pack(value[0], value[1]);
+        for (int h = 0; h < (WIDTH > 0 ? 2 : 0); h++) {
+            y[i][h] = half_of(newest[i], h) * tap[(h + 1) * WIDTH - 1];
 #pragma unroll
-        for (int h = 0; h < 2; h++) {
-            if (WIDTH == 0) {
-                made[h] = value[h] * silu(gate[h]);
-                continue;
-            }
-            float sum = half_of(newest, h) * tap[(h + 1) * WIDTH - 1];
-#pragma unroll
-            for (int s = 0; s < OLDER; s++) sum += half_of(older[i][s], h) * tap[h * WIDTH + s];
-            made[h] = silu(sum) * gate[h];
+            for (int s = 0; s < OLDER; s++) y[i][h] += half_of(older[i][s], h) * tap[h * WIDTH + s];
         }
-        if (program.row(i) >= rows) continue;
-        *(u32*)(out + (i64)program.row(i) * N + n) = pack(made[0], made[1]);
+    }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < EIGHTS; i++) {
+        if (WIDTH == 0) made[i] = program.turned(pack(y[i][0] * silu(y[i][2]), y[i][1] * silu(y[i][3])));
+        else made[i] = pack(silu(y[i][0]) * y[i][2], silu(y[i][1]) * y[i][3]);
+    }
+#pragma unroll
+    for (int i = 0; i < EIGHTS; i++) {
+        if (8 * i >= real) continue;
+        to[i * NEXT] = made[i];
 #pragma unroll
         for (int s = 0; s < OLDER; s++)
-            *(u32*)(past + ((i64)program.row(i) * OLDER + s) * N + n) = s + 1 < OLDER ? older[i][(s + 1) % SLOTS] : newest;
+            held[i * OLDER * NEXT + s * N / 2] = s + 1 < OLDER ? older[i][(s + 1) % SLOTS] : newest[i];
     }
 }

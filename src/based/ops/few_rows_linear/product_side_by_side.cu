@@ -12,21 +12,17 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32, 1) product_side_by
         if (at < SECOND) return program.feed(x, first, tile * WARPS);
         return at < THIRD ? program.feed(x, second, (at - SECOND) / 16) : program.feed(x, third, (at - THIRD) / 16);
     }
-    int n = at + program.warp * 16 + program.pair();
-    float shift[4] = {}, scale[EIGHTS], d[ROWS / 2], y[EIGHTS][4];
-#pragma unroll
-    for (int h = 0; h < 4; h++) if (bias) shift[h] = low(bias[n + h / 2 * 8 + h % 2]);
-    cluster_wait();
-    wait_for_previous();
-    program.find_scales(squares, eps, rows);
-    program.multiply(d);
-    program.take_scales(scale);
-    program.add_up(d, y);
+    int block = at + program.warp * 16, of = block + program.lane / 4;
+    int row = program.row(0), real = (int)rows - row;
+    u32* to = (u32*)(out + (i64)row * N + block + program.pair());
+    float shift[2] = {}, y[EIGHTS][4];
+    if (bias) shift[0] = low(bias[of]), shift[1] = low(bias[of + 8]);
+    program.multiply_normed(squares, eps, rows, shift, y);
 #pragma unroll
     for (int i = 0; i < EIGHTS; i++)
 #pragma unroll
-        for (int h = 0; h < 4; h += 2)
-            if (program.row(i) < rows)
-                *(u32*)(out + (i64)program.row(i) * N + n + 4 * h) =
-                    pack(y[i][h] * scale[i] + shift[h], y[i][h + 1] * scale[i] + shift[h + 1]);
+        for (int h = 0; h < 4; h += 2) {
+            u32 both = program.turned(pack(y[i][h], y[i][h + 1]));
+            if (8 * i < real) to[4 * (i * N + h / 2)] = both;
+        }
 }

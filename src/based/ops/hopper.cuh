@@ -41,6 +41,9 @@ __device__ __forceinline__ void store16(u32 to, uint4_ x) {
 __device__ __forceinline__ void store4(u32 to, u32 x) {
     asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(x) : "memory");
 }
+__device__ __forceinline__ void store_four(u32 to, const float* four) {
+    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(four[0]), "f"(four[1]), "f"(four[2]), "f"(four[3]) : "memory");
+}
 __device__ __forceinline__ u32 load4(u32 from) {
     u32 x;
     asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(from) : "memory");
@@ -99,14 +102,19 @@ template <int N> __device__ __forceinline__ void settle(float (&x)[N]) {
 #pragma unroll
     for (int i = 0; i < N; i++) asm volatile("" : "+f"(x[i])::"memory");
 }
+template <int N> __device__ __forceinline__ void settle(u32 (&x)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; i++) asm volatile("" : "+r"(x[i])::"memory");
+}
 
 // ---- barriers in shared memory, of arrivals and bytes
 
 __device__ __forceinline__ void start_barrier(u32 barrier, u32 arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
 }
+// For copies, and for the cluster once it has met.
 __device__ __forceinline__ void barriers_started() {
-    asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async;" ::: "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
 }
 __device__ __forceinline__ void arrive(u32 barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
@@ -149,7 +157,8 @@ __device__ __forceinline__ void copy_blocks(u32 to, const TensorMap& from, int c
 
 // ---- programs of a cluster
 
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+// Without what was stored before, which would take as long as a store: barriers_started() has seen to the barriers.
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 // The same place in the shared memory of another one.
 __device__ __forceinline__ u32 in_program(u32 place, u32 rank) {

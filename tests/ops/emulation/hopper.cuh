@@ -216,6 +216,7 @@ inline void send(u32 to, const float* four, u32 barrier) {
     unsigned char* place = at(to);
     bring(barrier, 16, [=] { std::memcpy(place, &x, 16); });
 }
+inline void store_four(u32 to, const float* four) { std::memcpy(at(to), four, 16); }
 inline float2_ load_two(u32 from) { float2_ x; std::memcpy(&x, at(from), 8); return x; }
 inline float4_ load_four(u32 from) { float4_ x; std::memcpy(&x, at(from), 16); return x; }
 inline void let_next_start() {}
@@ -300,7 +301,7 @@ template <int N> __attribute__((noinline)) void wgmma_wait() {
     meet_warpgroup();
     for (; all.first <= last; all.first++) all.all.pop_front();
 }
-template <int N> __attribute__((noinline)) void settle(float (&x)[N]) { asm volatile("" ::"r"(x) : "memory"); }
+template <class T, int N> __attribute__((noinline)) void settle(T (&x)[N]) { asm volatile("" ::"r"(x) : "memory"); }
 template <int N> __attribute__((noinline)) void wgmma(float* d, const u32 (&a)[4], u64 left, u64 b, int transposed, bool add) {
     Fiber& self = own();
     Warpgroup& all = warpgroups[warpgroup()];

@@ -6,9 +6,9 @@
 constexpr int LANES = 64, STEPS = C / PARTS / LANES, AHEAD = STAGES < STEPS ? STAGES : STEPS;
 // Warps that multiply, each with a block of 16 of W's rows; bytes of a step's weights, and of all of it.
 constexpr int WARPS = 4, OF_W = WARPS * 16 * 128, STEP = OF_W + ROWS * 128;
-// Rows that a program finishes, eights of them, and bytes of an eight and of all from each part.
-constexpr int OWN = ROWS / PARTS, EIGHTS = OWN / 8, SENT = WARPS * 512, OF_PARTS = PARTS > 1 ? PARTS * EIGHTS * SENT : 0;
-constexpr int SUMS = STAGES * STEP, OF_KERNEL = SUMS + OF_PARTS, BARRIERS = OF_KERNEL + SCRATCH;
+// Rows that a program finishes, eights of them, and bytes of an eight from one part and of all from others.
+constexpr int OWN = ROWS / PARTS, EIGHTS = OWN / 8, SENT = WARPS * 512, OF_PARTS = (PARTS - 1) * EIGHTS * SENT;
+constexpr int SUMS = STAGES * STEP, OF_KERNEL = SUMS + (PARTS > 1 ? PARTS * EIGHTS * SENT : 0), BARRIERS = OF_KERNEL + SCRATCH;
 
 struct Program {
     u32 memory, full, empty, sums, own;
@@ -18,17 +18,18 @@ struct Program {
         memory = given + 1023 & ~1023u, own = memory + OF_KERNEL;
         full = memory + BARRIERS, empty = full + 8 * STAGES, sums = empty + 8 * STAGES;
         tile = blockIdx.x / PARTS, part = blockIdx.x % PARTS, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-        if (threadIdx.x == 0) {
-            for (int s = 0; s < STAGES; s++) start_barrier(full + 8 * s, 1), start_barrier(empty + 8 * s, WARPS);
-            start_barrier(sums, 1);
-            barriers_started();
-            expect(sums, OF_PARTS);
-        }
-        __syncthreads();
-        cluster_arrive();
     }
     __device__ __forceinline__ bool multiplies() const { return warp < WARPS; }
     __device__ __forceinline__ void together() const { named_barrier(1, WARPS * 32); }
+    // Barriers are there, for all threads; others of the cluster may send once all of it has been waited for.
+    __device__ __forceinline__ void ready() const {
+        __syncthreads();
+        if (PARTS > 1) cluster_arrive();
+    }
+    __device__ __forceinline__ void wait() const {
+        if (PARTS > 1) cluster_wait();
+        wait_for_previous();
+    }
     // Of each eight a thread multiplies two neighbouring rows by a block's outputs lane / 4 and 8 more. Once turned
     // it has one of these rows, by two neighbouring outputs, the first of which is pair().
     __device__ __forceinline__ bool odd() const { return lane / 4 % 2; }
@@ -56,9 +57,17 @@ struct Program {
             copy_rows(memory + slot * STEP + OF_W, x, first + k * LANES, 0, full + 8 * slot);
         };
         if (elected()) {
-            prefetch_map(x);
+            for (int s = 0; s < STAGES; s++) start_barrier(full + 8 * s, 1), start_barrier(empty + 8 * s, WARPS);
+            start_barrier(sums, 1);
+            barriers_started();
             for (int k = 0; k < AHEAD; k++) weights(k);
+            expect(sums, OF_PARTS);
             let_next_start();
+            prefetch_map(x);
+        }
+        __syncwarp();
+        ready();
+        if (elected()) {
             wait_for_previous();
             for (int k = 0; k < AHEAD; k++) inputs(k);
             for (int k = AHEAD; k < STEPS; k++) {
@@ -67,7 +76,7 @@ struct Program {
             }
         }
         __syncwarp();
-        cluster_wait();
+        if (PARTS > 1) cluster_wait();
     }
 
     // Of a block lane l has rows l / 4 and 8 more, by rows 2 (l % 4) and 1 more of each eight of x's.
@@ -91,7 +100,7 @@ struct Program {
     }
 
     // All parts' sums of this program's rows, always in the same order: y[i] has of eight i two rows of an output,
-    // and of that 8 further on. Every thread that multiplies has waited for the cluster.
+    // and of that 8 further on.
     __device__ __forceinline__ void add_up(const float (&d)[ROWS / 2], float (&y)[EIGHTS][4]) const {
         if (PARTS == 1) {
 #pragma unroll
@@ -101,9 +110,14 @@ struct Program {
         u32 at = memory + SUMS + threadIdx.x * 16;
 #pragma unroll
         for (int other = 0; other < PARTS; other++) {
-            u32 to = in_program(at + part * EIGHTS * SENT, other), barrier = in_program(sums, other);
+            u32 own = at + part * EIGHTS * SENT, to = in_program(own, other), barrier = in_program(sums, other);
 #pragma unroll
-            for (int i = 0; i < EIGHTS; i++) send(to + i * SENT, d + 4 * (EIGHTS * other + i), barrier);
+            for (int i = 0; i < EIGHTS; i++) {
+                const float* four = d + 4 * (EIGHTS * other + i);
+                // What is sent takes the way through the cluster even to oneself.
+                if (other == part) store_four(own + i * SENT, four);
+                else send(to + i * SENT, four, barrier);
+            }
         }
         await_barrier(sums, 0);
 #pragma unroll
@@ -120,19 +134,19 @@ struct Program {
 
     // What add_up finds, divided by the rms of x's rows, of which x has a norm's gain alone, and two outputs' bias.
     __device__ __forceinline__ void multiply_normed(
-        const float* squares, float eps, i64 rows, const float (&bias)[2], float (&y)[EIGHTS][4]) const {
-        cluster_wait();
-        wait_for_previous();
+        const float* squares, float eps, i64 rows, u32 (&bias)[2], float (&y)[EIGHTS][4]) const {
+        wait();
         find_scales(squares, eps, rows);
         float d[ROWS / 2];
         multiply(d);
         add_up(d, y);
         together();
+        settle(bias);
 #pragma unroll
         for (int i = 0; i < EIGHTS; i++) {
             float2_ scale = load_two(own + 4 * (8 * i + lane % 4 * 2));
 #pragma unroll
-            for (int h = 0; h < 4; h++) y[i][h] = y[i][h] * (h % 2 ? scale.y : scale.x) + bias[h / 2];
+            for (int h = 0; h < 4; h++) y[i][h] = y[i][h] * (h % 2 ? scale.y : scale.x) + low(bias[h / 2]);
         }
     }
 

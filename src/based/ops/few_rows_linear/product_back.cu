@@ -11,15 +11,15 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32, 1) product_back(
     int n = (program.tile * WARPS + program.warp) * 16 + program.pair();
     int row = program.row(0), real = (int)rows - row;
     i64 first = (i64)row * N + n;
-    float gains[4], shift[4] = {}, kept[EIGHTS][4];
+    u32 gains[2], shift[2] = {};
+    float kept[EIGHTS][4];
 #pragma unroll
-    for (int h = 0; h < 4; h++) {
-        int output = n + h / 2 * 8 + h % 2;
-        gains[h] = low(gain[output]);
-        if (bias) shift[h] = low(bias[output]);
+    for (int h = 0; h < 2; h++) {
+        gains[h] = *(const u32*)(gain + n + 8 * h);
+        if (bias) shift[h] = *(const u32*)(bias + n + 8 * h);
     }
-    cluster_wait();
-    wait_for_previous();
+    program.ready();
+    program.wait();
 #pragma unroll
     for (int i = 0; i < EIGHTS; i++)
 #pragma unroll
@@ -31,6 +31,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32, 1) product_back(
     float d[ROWS / 2], y[EIGHTS][4];
     program.multiply(d);
     program.add_up(d, y);
+    settle(gains), settle(shift);
 #pragma unroll
     for (int i = 0; i < EIGHTS; i++) {
         float square = 0;
@@ -38,10 +39,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32, 1) product_back(
 #pragma unroll
         for (int h = 0; h < 4; h += 2) {
             i64 at = first + 8 * i * N + 4 * h;
-            float even = y[i][h] + shift[h] + kept[i][h], odd = y[i][h + 1] + shift[h + 1] + kept[i][h + 1];
+            float even = y[i][h] + low(shift[h / 2]) + kept[i][h], odd = y[i][h + 1] + high(shift[h / 2]) + kept[i][h + 1];
             square += even * even + odd * odd;
             if (8 * i < real) *(float2_*)(total + at) = {even, odd};
-            if (8 * i < real) *(u32*)(scaled + at) = pack(even * gains[h], odd * gains[h + 1]);
+            if (8 * i < real) *(u32*)(scaled + at) = pack(even * low(gains[h / 2]), odd * high(gains[h / 2]));
         }
         square += __shfl_xor_sync(~0u, square, 8);
         square += __shfl_xor_sync(~0u, square, 16);

@@ -18,16 +18,19 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32, 1) product_gated(
     int row = program.row(0), real = (int)rows - row;
     u32* to = (u32*)(out + (i64)row * N + n);
     u32* held = (u32*)(past + (i64)row * OLDER * N + n);
-    float shift[2] = {}, tap[WIDTH > 0 ? 2 * WIDTH : 1], y[EIGHTS][4];
-    u32 older[EIGHTS][SLOTS];
-    if (bias) shift[0] = low(bias[of]), shift[1] = low(bias[N + of]);
+    u32 shift[2] = {}, tap[WIDTH > 0 ? WIDTH : 1], older[EIGHTS][SLOTS];
+    float y[EIGHTS][4];
+    if (bias) shift[0] = bias[of], shift[1] = bias[N + of];
 #pragma unroll
-    for (int t = 0; t < 2 * WIDTH; t++) tap[t] = low(taps[n * WIDTH + t]);
+    for (int t = 0; t < WIDTH; t++) tap[t] = ((const u32*)(taps + n * WIDTH))[t];
 #pragma unroll
     for (int i = 0; i < EIGHTS; i++)
 #pragma unroll
         for (int s = 0; s < OLDER; s++) older[i][s] = 8 * i < real ? held[i * OLDER * NEXT + s * N / 2] : 0;
+    program.ready();
     program.multiply_normed(squares, eps, rows, shift, y);
+    auto tap_of = [&](int h, int s) { return half_of(tap[(h * WIDTH + s) / 2], (h * WIDTH + s) % 2); };
+    if (WIDTH > 0) settle(tap);
     // All shuffles together (the compiler would keep none that it can put off), so that none waits for a silu.
     u32 made[EIGHTS], newest[EIGHTS];
 #pragma unroll
@@ -37,9 +40,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32, 1) product_gated(
         program.turn(y[i][2], y[i][3]);
 #pragma unroll
         for (int h = 0; h < (WIDTH > 0 ? 2 : 0); h++) {
-            y[i][h] = half_of(newest[i], h) * tap[(h + 1) * WIDTH - 1];
+            y[i][h] = half_of(newest[i], h) * tap_of(h, WIDTH - 1);
 #pragma unroll
-            for (int s = 0; s < OLDER; s++) y[i][h] += half_of(older[i][s], h) * tap[h * WIDTH + s];
+            for (int s = 0; s < OLDER; s++) y[i][h] += half_of(older[i][s], h) * tap_of(h, s);
         }
     }
     __syncwarp();

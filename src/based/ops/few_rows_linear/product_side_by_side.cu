@@ -15,8 +15,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32, 1) product_side_by
     int block = at + program.warp * 16, of = block + program.lane / 4;
     int row = program.row(0), real = (int)rows - row;
     u32* to = (u32*)(out + (i64)row * N + block + program.pair());
-    float shift[2] = {}, y[EIGHTS][4];
-    if (bias) shift[0] = low(bias[of]), shift[1] = low(bias[of + 8]);
+    u32 shift[2] = {};
+    float y[EIGHTS][4];
+    if (bias) shift[0] = bias[of], shift[1] = bias[of + 8];
+    program.ready();
     program.multiply_normed(squares, eps, rows, shift, y);
 #pragma unroll
     for (int i = 0; i < EIGHTS; i++)

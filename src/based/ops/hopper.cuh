@@ -58,6 +58,8 @@ __device__ __forceinline__ float2_ load_two(u32 from) {
 
 // A pointer from here on, as if its value were new.
 template <class P> __device__ __forceinline__ void renew(P& pointer) { asm volatile("" : "+l"(pointer)); }
+// One more, of which nothing is waited for.
+__device__ __forceinline__ void count(i64* counter) { asm volatile("red.global.add.u64 [%0], 1;" ::"l"(counter) : "memory"); }
 // A load that stays where it stands, so that what it reads takes no register before.
 __device__ __forceinline__ float load_here(const float* from) {
     float x;

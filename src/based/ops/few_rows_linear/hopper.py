@@ -156,10 +156,13 @@ def _rows(x: Tensor, block: int) -> cuda.Argument:
 
 
 def _blocks(weight: Tensor, *, gated: bool) -> cuda.Argument:
-    """Blocks of 16 rows of W; of a gated one 8 of its first half, and the 8 gates of these."""
-    rows, C = weight.shape
-    eight, block = (rows * C, 16 * C) if gated else (16 * C, 32 * C)
-    return cuda.tensor_map(weight, (C, 8, 2, rows // 16), (2 * C, eight, block), (LANES, 8, 2, 4))
+    """Blocks of 16 rows of W, two eights: every second one, or 8 of its first half and their gates.
+
+    So a thread, which has a product's rows n and n + 8, has two neighbours or a value and its gate.
+    """
+    (rows, C), row = weight.shape, 2 * weight.shape[1]
+    within, eight, block = (row, rows // 2 * row, 8 * row) if gated else (2 * row, row, 16 * row)
+    return cuda.tensor_map(weight, (C, 8, 2, rows // 16), (within, eight, block), (LANES, 8, 2, 4))
 
 
 @cache

@@ -30,11 +30,12 @@ struct Program {
         if (PARTS > 1) cluster_wait();
         wait_for_previous();
     }
-    // Of each eight a thread multiplies two neighbouring rows by a block's outputs lane / 4 and 8 more. Once turned
-    // it has one of these rows, by two neighbouring outputs, the first of which is pair().
+    // Of each eight of x's rows a thread has products of two neighbours, the first of which is row(), by row lane / 4
+    // of W's first eight of its block, and by that of the second.
+    __device__ __forceinline__ int own_row() const { return lane % 4 * 2; }
+    __device__ __forceinline__ int row() const { return part * OWN + own_row(); }
+    // Once turned, two numbers are of one row, row() + odd(), and of two rows of W, from row pair() on.
     __device__ __forceinline__ bool odd() const { return lane / 4 % 2; }
-    __device__ __forceinline__ int own_row(int eight) const { return 8 * eight + lane % 4 * 2 + odd(); }
-    __device__ __forceinline__ int row(int eight) const { return part * OWN + own_row(eight); }
     __device__ __forceinline__ int pair() const { return lane / 8 * 2; }
     __device__ __forceinline__ void turn(float& a, float& b) const {
         float other = __shfl_xor_sync(~0u, odd() ? a : b, 4);
@@ -99,8 +100,8 @@ struct Program {
         settle(d);
     }
 
-    // All parts' sums of this program's rows, always in the same order: y[i] has of eight i two rows of an output,
-    // and of that 8 further on.
+    // All parts' sums of this program's rows, always in the same order: y[i] has of eight i two rows by a row of W,
+    // and by that of the second eight.
     __device__ __forceinline__ void add_up(const float (&d)[ROWS / 2], float (&y)[EIGHTS][4]) const {
         if (PARTS == 1) {
 #pragma unroll
@@ -144,7 +145,7 @@ struct Program {
         settle(bias);
 #pragma unroll
         for (int i = 0; i < EIGHTS; i++) {
-            float2_ scale = load_two(own + 4 * (8 * i + lane % 4 * 2));
+            float2_ scale = load_two(own + 4 * (8 * i + own_row()));
 #pragma unroll
             for (int h = 0; h < 4; h++) y[i][h] = y[i][h] * (h % 2 ? scale.y : scale.x) + low(bias[h / 2]);
         }

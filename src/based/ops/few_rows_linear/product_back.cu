@@ -8,45 +8,42 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32, 1) product_back(
     extern __shared__ unsigned char memory[];
     const Program program(address(memory));
     if (!program.multiplies()) return program.feed(x, w, program.tile * WARPS);
-    int n = (program.tile * WARPS + program.warp) * 16 + program.pair();
-    int row = program.row(0), real = (int)rows - row;
-    i64 first = (i64)row * N + n;
-    u32 gains[2], shift[2] = {};
-    float kept[EIGHTS][4];
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-        gains[h] = *(const u32*)(gain + n + 8 * h);
-        if (bias) shift[h] = *(const u32*)(bias + n + 8 * h);
-    }
+    // Two neighbouring outputs, by two rows of each eight.
+    int n = (program.tile * WARPS + program.warp) * 16 + program.lane / 4 * 2, real = (int)rows - program.row();
+    i64 first = (i64)program.row() * N + n;
+    u32 pairs[2] = {*(const u32*)(gain + n), bias ? *(const u32*)(bias + n) : 0};
+    float2_ kept[EIGHTS][2];
     program.ready();
     program.wait();
+    if (counter && blockIdx.x == 0 && threadIdx.x < rows) count(counter + threadIdx.x);
 #pragma unroll
     for (int i = 0; i < EIGHTS; i++)
 #pragma unroll
-        for (int h = 0; h < 4; h += 2) {
-            float2_ two = {};
-            if (8 * i < real) two = *(const float2_*)(residual + first + 8 * i * N + 4 * h);
-            kept[i][h] = two.x, kept[i][h + 1] = two.y;
+        for (int r = 0; r < 2; r++) {
+            kept[i][r] = {};
+            if (8 * i + r < real) kept[i][r] = *(const float2_*)(residual + first + (8 * i + r) * N);
         }
     float d[ROWS / 2], y[EIGHTS][4];
     program.multiply(d);
     program.add_up(d, y);
-    settle(gains), settle(shift);
+    settle(pairs);
 #pragma unroll
     for (int i = 0; i < EIGHTS; i++) {
-        float square = 0;
-        program.turn(y[i][0], y[i][1]), program.turn(y[i][2], y[i][3]);
+        float square[2];
 #pragma unroll
-        for (int h = 0; h < 4; h += 2) {
-            i64 at = first + 8 * i * N + 4 * h;
-            float even = y[i][h] + low(shift[h / 2]) + kept[i][h], odd = y[i][h + 1] + high(shift[h / 2]) + kept[i][h + 1];
-            square += even * even + odd * odd;
-            if (8 * i < real) *(float2_*)(total + at) = {even, odd};
-            if (8 * i < real) *(u32*)(scaled + at) = pack(even * low(gains[h / 2]), odd * high(gains[h / 2]));
+        for (int r = 0; r < 2; r++) {
+            float even = y[i][r] + low(pairs[1]) + kept[i][r].x, odd = y[i][2 + r] + high(pairs[1]) + kept[i][r].y;
+            square[r] = even * even + odd * odd;
+            if (8 * i + r >= real) continue;
+            *(float2_*)(total + first + (8 * i + r) * N) = {even, odd};
+            *(u32*)(scaled + first + (8 * i + r) * N) = pack(even * low(pairs[0]), odd * high(pairs[0]));
         }
-        square += __shfl_xor_sync(~0u, square, 8);
-        square += __shfl_xor_sync(~0u, square, 16);
-        if (program.lane < 8) store4(program.own + 4 * (program.warp * OWN + program.own_row(i)), __float_as_uint(square));
+        program.turn(square[0], square[1]);
+        float sum = square[0] + square[1];
+        sum += __shfl_xor_sync(~0u, sum, 8);
+        sum += __shfl_xor_sync(~0u, sum, 16);
+        int of = program.warp * OWN + 8 * i + program.own_row() + program.odd();
+        if (program.lane < 8) store4(program.own + 4 * of, __float_as_uint(sum));
     }
     program.together();
     i64 summed = program.part * OWN + threadIdx.x;
@@ -56,5 +53,4 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32, 1) product_back(
         for (int i = 0; i < WARPS; i++) sum += __uint_as_float(load4(program.own + 4 * (i * OWN + threadIdx.x)));
         squares[program.tile * rows + summed] = sum;
     }
-    if (counter && blockIdx.x == 0 && threadIdx.x < rows) counter[threadIdx.x] += 1;
 }

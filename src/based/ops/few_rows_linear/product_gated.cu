@@ -3,6 +3,9 @@
 // Constants besides product.cuh's: N (outputs), WIDTH (taps). Without a bias its pointer is null.
 
 constexpr int OLDER = WIDTH > 1 ? WIDTH - 1 : 0, SLOTS = OLDER > 0 ? OLDER : 1;
+// Bytes of a row's outputs in shared memory, and 16 more, so that its neighbours lie in other banks.
+constexpr int LINE = WARPS * 16 + 16;
+static_assert((1 + OLDER) * OWN * LINE <= SUMS, "outputs go where x and W were");
 
 __device__ __forceinline__ float half_of(u32 two, int i) { return i ? high(two) : low(two); }
 
@@ -13,11 +16,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32, 1) product_gated(
     const Program program(address(memory));
     if (!program.multiplies()) return program.feed(x, w, program.tile * WARPS);
     int block = (program.tile * WARPS + program.warp) * 8, n = block + program.pair(), of = block + program.lane / 4;
-    // Of an eight; the first one's row of this thread, and those from there on.
-    constexpr int NEXT = 8 * N / 2;
-    int row = program.row(0), real = (int)rows - row;
-    u32* to = (u32*)(out + (i64)row * N + n);
-    u32* held = (u32*)(past + (i64)row * OLDER * N + n);
+    int row = program.row() + program.odd();
+    const u32* held = (const u32*)(past + (i64)row * OLDER * N + n);
     u32 shift[2] = {}, tap[WIDTH > 0 ? WIDTH : 1], older[EIGHTS][SLOTS];
     float y[EIGHTS][4];
     if (bias) shift[0] = bias[of], shift[1] = bias[N + of];
@@ -26,7 +26,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32, 1) product_gated(
 #pragma unroll
     for (int i = 0; i < EIGHTS; i++)
 #pragma unroll
-        for (int s = 0; s < OLDER; s++) older[i][s] = 8 * i < real ? held[i * OLDER * NEXT + s * N / 2] : 0;
+        for (int s = 0; s < OLDER; s++) older[i][s] = row + 8 * i < rows ? held[(8 * i * OLDER + s) * N / 2] : 0;
     program.ready();
     program.multiply_normed(squares, eps, rows, shift, y);
     auto tap_of = [&](int h, int s) { return half_of(tap[(h * WIDTH + s) / 2], (h * WIDTH + s) % 2); };
@@ -51,12 +51,24 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32, 1) product_gated(
         if (WIDTH == 0) made[i] = program.turned(pack(y[i][0] * silu(y[i][2]), y[i][1] * silu(y[i][3])));
         else made[i] = pack(silu(y[i][0]) * y[i][2], silu(y[i][1]) * y[i][3]);
     }
+    // By way of shared memory, so that a row's 32 outputs are stored together: of out, then of what is past.
+    u32 mine = program.memory + (program.own_row() + program.odd()) * LINE + program.warp * 16 + 2 * program.pair();
 #pragma unroll
     for (int i = 0; i < EIGHTS; i++) {
-        if (8 * i >= real) continue;
-        to[i * NEXT] = made[i];
+        store4(mine + 8 * i * LINE, made[i]);
 #pragma unroll
         for (int s = 0; s < OLDER; s++)
-            held[i * OLDER * NEXT + s * N / 2] = s + 1 < OLDER ? older[i][(s + 1) % SLOTS] : newest[i];
+            store4(mine + (OWN * (s + 1) + 8 * i) * LINE, s + 1 < OLDER ? older[i][(s + 1) % SLOTS] : newest[i]);
+    }
+    program.together();
+    for (int eight = threadIdx.x; eight < OWN * WARPS; eight += WARPS * 32) {
+        int line = eight / WARPS, at = program.tile * WARPS * 8 + eight % WARPS * 8;
+        i64 to = program.part * OWN + line;
+        u32 from = program.memory + line * LINE + eight % WARPS * 16;
+        if (to >= rows) continue;
+        *(float4_*)(out + to * N + at) = load_four(from);
+#pragma unroll
+        for (int s = 0; s < OLDER; s++)
+            *(float4_*)(past + (to * OLDER + s) * N + at) = load_four(from + OWN * (s + 1) * LINE);
     }
 }

@@ -12,19 +12,17 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32, 1) product_side_by
         if (at < SECOND) return program.feed(x, first, tile * WARPS);
         return at < THIRD ? program.feed(x, second, (at - SECOND) / 16) : program.feed(x, third, (at - THIRD) / 16);
     }
-    int block = at + program.warp * 16, of = block + program.lane / 4;
-    int row = program.row(0), real = (int)rows - row;
-    u32* to = (u32*)(out + (i64)row * N + block + program.pair());
+    // Two neighbouring outputs, by two rows of each eight.
+    int n = at + program.warp * 16 + program.lane / 4 * 2, real = (int)rows - program.row();
+    u16* to = out + (i64)program.row() * N + n;
     u32 shift[2] = {};
     float y[EIGHTS][4];
-    if (bias) shift[0] = bias[of], shift[1] = bias[of + 8];
+    if (bias) shift[0] = bias[n], shift[1] = bias[n + 1];
     program.ready();
     program.multiply_normed(squares, eps, rows, shift, y);
 #pragma unroll
     for (int i = 0; i < EIGHTS; i++)
 #pragma unroll
-        for (int h = 0; h < 4; h += 2) {
-            u32 both = program.turned(pack(y[i][h], y[i][h + 1]));
-            if (8 * i < real) to[4 * (i * N + h / 2)] = both;
-        }
+        for (int r = 0; r < 2; r++)
+            if (8 * i + r < real) *(u32*)(to + (8 * i + r) * N) = pack(y[i][r], y[i][2 + r]);
 }

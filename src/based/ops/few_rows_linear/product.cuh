@@ -10,6 +10,9 @@ constexpr int WARPS = 4, OF_W = WARPS * 16 * 128, STEP = OF_W + ROWS * 128;
 constexpr int OWN = ROWS / PARTS, EIGHTS = OWN / 8, SENT = WARPS * 512, OF_PARTS = (PARTS - 1) * EIGHTS * SENT;
 constexpr int SUMS = STAGES * STEP, OF_KERNEL = SUMS + (PARTS > 1 ? PARTS * EIGHTS * SENT : 0), BARRIERS = OF_KERNEL + SCRATCH;
 
+// Sums of squares of a row that a thread has registers for.
+constexpr int KEPT = C / LANES < 32 ? C / LANES : 32;
+
 struct Program {
     u32 memory, full, empty, sums, own;
     int tile, part, warp, lane;
@@ -137,9 +140,22 @@ struct Program {
     __device__ __forceinline__ void multiply_normed(
         const float* squares, float eps, i64 rows, u32 (&bias)[2], float (&y)[EIGHTS][4]) const {
         wait();
-        find_scales(squares, eps, rows);
-        float d[ROWS / 2];
+        i64 of = part * OWN + threadIdx.x;
+        bool scales = threadIdx.x < OWN && of < rows;
+        // Asked for now, added up when products are made.
+        const float* from = squares + of;
+        float sums_of[KEPT], d[ROWS / 2];
+#pragma unroll
+        for (int i = 0; i < C / LANES; i++, from += rows) {
+            float sum = scales ? *from : 0;
+            sums_of[i % KEPT] = i < KEPT ? sum : sums_of[i % KEPT] + sum;
+        }
         multiply(d);
+        float four[4] = {};
+#pragma unroll
+        for (int i = 0; i < KEPT; i++) four[i % 4] += sums_of[i];
+        float mean = (four[0] + four[1] + four[2] + four[3]) * (1.f / C);
+        if (scales) store4(own + 4 * threadIdx.x, __float_as_uint(rsqrtf(mean + eps)));
         add_up(d, y);
         together();
         settle(bias);
@@ -149,15 +165,5 @@ struct Program {
 #pragma unroll
             for (int h = 0; h < 4; h++) y[i][h] = y[i][h] * (h % 2 ? scale.y : scale.x) + low(bias[h / 2]);
         }
-    }
-
-    // 1 / rms of this program's rows into its scratch, by threads that multiply.
-    __device__ __forceinline__ void find_scales(const float* squares, float eps, i64 rows) const {
-        i64 of = part * OWN + threadIdx.x;
-        if (threadIdx.x >= OWN || of >= rows) return;
-        float sum = 0;
-#pragma unroll
-        for (int i = 0; i < C / LANES; i++) sum += squares[i * rows + of];
-        store4(own + 4 * threadIdx.x, __float_as_uint(rsqrtf(sum / C + eps)));
     }
 };

@@ -61,14 +61,16 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32, 1) product_gated(
             store4(mine + (OWN * (s + 1) + 8 * i) * LINE, s + 1 < OLDER ? older[i][(s + 1) % SLOTS] : newest[i]);
     }
     program.together();
-    for (int eight = threadIdx.x; eight < OWN * WARPS; eight += WARPS * 32) {
-        int line = eight / WARPS, at = program.tile * WARPS * 8 + eight % WARPS * 8;
-        i64 to = program.part * OWN + line;
-        u32 from = program.memory + line * LINE + eight % WARPS * 16;
-        if (to >= rows) continue;
-        *(float4_*)(out + to * N + at) = load_four(from);
+    // A thread stores eight outputs of every 32nd row.
+    int line = threadIdx.x / WARPS, at = program.tile * WARPS * 8 + threadIdx.x % WARPS * 8;
+    u32 from = program.memory + line * LINE + threadIdx.x % WARPS * 16;
+    i64 to = program.part * OWN + line;
+#pragma unroll
+    for (int i = 0; i < OWN; i += 32) {
+        if (OWN < 32 && line >= OWN || to + i >= rows) continue;
+        *(float4_*)(out + (to + i) * N + at) = load_four(from + i * LINE);
 #pragma unroll
         for (int s = 0; s < OLDER; s++)
-            *(float4_*)(past + (to * OLDER + s) * N + at) = load_four(from + OWN * (s + 1) * LINE);
+            *(float4_*)(past + ((to + i) * OLDER + s) * N + at) = load_four(from + (OWN * (s + 1) + i) * LINE);
     }
 }

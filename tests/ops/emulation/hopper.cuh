@@ -13,6 +13,7 @@
 #include <deque>
 #include <functional>
 #include <map>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -29,6 +30,8 @@ inline unsigned __float_as_uint(float x) { unsigned bits; std::memcpy(&bits, &x,
 #include "words.cuh"
 
 using std::max;
+// As CUDA has it, of a pair that differs in type too.
+template <class A, class B> std::common_type_t<A, B> min(A a, B b) { return b < a ? b : a; }
 
 struct Index { u32 x; };
 static Index blockIdx, gridDim, threadIdx;
@@ -48,6 +51,7 @@ struct Fiber {
     bool done = false;
     std::deque<Copy> copies;
     std::deque<Product> products;
+    std::deque<std::function<void()>> stores;
     int copy_groups = 0, product_groups = 0, started = 0;
 };
 // One wgmma of a warpgroup: its left side, from all threads or described, and its right side.
@@ -90,6 +94,10 @@ static void named_barrier(int name, int threads) {
     Group& group = named_groups[{rank(), name}];
     group.size = threads;
     meet(group);
+}
+static void named_arrive(int name, int threads) {
+    Group& group = named_groups[{rank(), name}];
+    if (++group.arrived == threads) group.arrived = 0, group.meetings++;
 }
 // Each thread arrives once, and waits once.
 static void cluster_arrive() { cluster_group.arrived++; }
@@ -151,9 +159,10 @@ template <int N> void await_copies() {
     for (; !self.copies.empty() && self.copies.front().group < self.copy_groups - N; self.copies.pop_front())
         copy_now(self.copies.front());
 }
-inline void stores_before_wgmma() {}
+inline void stores_before_async() {}
 inline void store16(u32 to, uint4_ x) { std::memcpy(at(to), &x, 16); }
 inline void store4(u32 to, u32 x) { std::memcpy(at(to), &x, 4); }
+inline u16 load2(u32 from) { u16 x; std::memcpy(&x, at(from), 2); return x; }
 inline u32 load4(u32 from) { u32 x; std::memcpy(&x, at(from), 4); return x; }
 template <class P> void renew(P&) {}
 inline float load_here(const float* from) { return *from; }
@@ -186,6 +195,24 @@ inline void bring(u32 barrier, i64 bytes, std::function<void()> write) {
     if (LATE) of.late.push_back(happen);
     else happen();
 }
+
+inline u32 take_number(u32 counter) { u32 x = load4(counter); store4(counter, x + 1); return x; }
+inline void copy_bytes(u32 to, const void* from, u32 bytes, u32 barrier) {
+    unsigned char* place = at(to);
+    bring(barrier, bytes, [=] { std::memcpy(place, from, bytes); });
+}
+inline void store_bytes(void* to, u32 from, u32 bytes) {
+    const unsigned char* place = at(from);
+    auto happen = [=] { std::memcpy(to, place, bytes); };
+    if (LATE) own().stores.push_back(happen);
+    else happen();
+}
+inline void commit_stores() {}
+inline void await_stores() {
+    for (auto& happen : own().stores) happen();
+    own().stores.clear();
+}
+inline void await_stores_read() { await_stores(); }
 
 // As emulation/__init__.py fills it: a pointer, four sizes, three strides in bytes, four sizes of a box.
 struct __align__(64) TensorMap { u64 words[16]; };

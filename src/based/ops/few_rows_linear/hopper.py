@@ -103,7 +103,7 @@ def project_gated(
     out = torch.empty((rows, NN // 2), dtype=x.dtype, device=x.device)
     maps = _rows(x, block), _blocks(weight, gated=True)
     given = scaled.squares, _or_null(bias), _or_null(taps), _or_null(past)
-    grid = NN // OUTPUTS * parts, 32 * (WARPS + 1)
+    grid = NN // OUTPUTS * parts, 32 * (WARPS + 2)
     overlap = kernels.overlap(x, reads_state=past is not None)["OVERLAP"]
     run(*grid, *maps, *given, out, scaled.eps, rows, overlap=overlap)
     return out
@@ -124,7 +124,7 @@ def project_side_by_side(
     out = torch.empty((rows, N), dtype=x.dtype, device=x.device)
     maps = [_blocks(weight, gated=False) for weight in weights]
     maps = _rows(x, block), *maps, *maps[:1] * (3 - len(maps))
-    grid = N // OUTPUTS * parts, 32 * (WARPS + 1)
+    grid = N // OUTPUTS * parts, 32 * (WARPS + 2)
     given = scaled.squares, _or_null(bias), out, scaled.eps, rows
     run(*grid, *maps, *given, overlap=kernels.overlap(x)["OVERLAP"])
     return out

@@ -10,8 +10,8 @@ constexpr int WARPS = 4, OF_W = WARPS * 16 * 128, STEP = OF_W + ROWS * 128;
 constexpr int OWN = ROWS / PARTS, EIGHTS = OWN / 8, SENT = WARPS * 512, OF_PARTS = (PARTS - 1) * EIGHTS * SENT;
 constexpr int SUMS = STAGES * STEP, OF_KERNEL = SUMS + (PARTS > 1 ? PARTS * EIGHTS * SENT : 0), BARRIERS = OF_KERNEL + SCRATCH;
 
-// Sums of squares of a row that a thread has registers for.
-constexpr int KEPT = C / LANES < 32 ? C / LANES : 32;
+// Barriers that have numbers.
+constexpr int TOGETHER = 1, SCALES = 2;
 
 struct Program {
     u32 memory, full, empty, sums, own;
@@ -22,8 +22,10 @@ struct Program {
         full = memory + BARRIERS, empty = full + 8 * STAGES, sums = empty + 8 * STAGES;
         tile = blockIdx.x / PARTS, part = blockIdx.x % PARTS, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     }
-    __device__ __forceinline__ bool multiplies() const { return warp < WARPS; }
-    __device__ __forceinline__ void together() const { named_barrier(1, WARPS * 32); }
+    // One warp copies, and one may find scales.
+    __device__ __forceinline__ bool feeds() const { return warp == WARPS; }
+    __device__ __forceinline__ bool scales() const { return warp > WARPS; }
+    __device__ __forceinline__ void together() const { named_barrier(TOGETHER, WARPS * 32); }
     // Barriers are there, for all threads; others of the cluster may send once all of it has been waited for.
     __device__ __forceinline__ void ready() const {
         __syncthreads();
@@ -140,24 +142,10 @@ struct Program {
     __device__ __forceinline__ void multiply_normed(
         const float* squares, float eps, i64 rows, u32 (&bias)[2], float (&y)[EIGHTS][4]) const {
         wait();
-        i64 of = part * OWN + threadIdx.x;
-        bool scales = threadIdx.x < OWN && of < rows;
-        // Asked for now, added up when products are made.
-        const float* from = squares + of;
-        float sums_of[KEPT], d[ROWS / 2];
-#pragma unroll
-        for (int i = 0; i < C / LANES; i++, from += rows) {
-            float sum = scales ? *from : 0;
-            sums_of[i % KEPT] = i < KEPT ? sum : sums_of[i % KEPT] + sum;
-        }
+        float d[ROWS / 2];
         multiply(d);
-        float four[4] = {};
-#pragma unroll
-        for (int i = 0; i < KEPT; i++) four[i % 4] += sums_of[i];
-        float mean = (four[0] + four[1] + four[2] + four[3]) * (1.f / C);
-        if (scales) store4(own + 4 * threadIdx.x, __float_as_uint(rsqrtf(mean + eps)));
         add_up(d, y);
-        together();
+        named_barrier(SCALES, WARPS * 32 + 32);
         settle(bias);
 #pragma unroll
         for (int i = 0; i < EIGHTS; i++) {
@@ -165,5 +153,19 @@ struct Program {
 #pragma unroll
             for (int h = 0; h < 4; h++) y[i][h] = y[i][h] * (h % 2 ? scale.y : scale.x) + low(bias[h / 2]);
         }
+    }
+
+    // 1 / rms of this program's rows into its scratch, by a warp of its own.
+    __device__ __forceinline__ void find_scales(const float* squares, float eps, i64 rows) const {
+        ready();
+        wait();
+        for (int row = lane; row < OWN && part * OWN + row < rows; row += 32) {
+            const float* from = squares + part * OWN + row;
+            float sum = 0;
+#pragma unroll
+            for (int i = 0; i < C / LANES; i++, from += rows) sum += *from;
+            store4(own + 4 * row, __float_as_uint(rsqrtf(sum * (1.f / C) + eps)));
+        }
+        named_arrive(SCALES, WARPS * 32 + 32);
     }
 };

@@ -7,7 +7,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32, 1) product_back(
     const u16* gain, float* total, u16* scaled, float* squares, i64* counter, i64 rows) {
     extern __shared__ unsigned char memory[];
     const Program program(address(memory));
-    if (!program.multiplies()) return program.feed(x, w, program.tile * WARPS);
+    if (program.feeds()) return program.feed(x, w, program.tile * WARPS);
     // Two neighbouring outputs, by two rows of each eight.
     int n = (program.tile * WARPS + program.warp) * 16 + program.lane / 4 * 2, real = (int)rows - program.row();
     i64 first = (i64)program.row() * N + n;

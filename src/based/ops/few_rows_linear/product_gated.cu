@@ -9,12 +9,13 @@ static_assert((1 + OLDER) * OWN * LINE <= SUMS, "outputs go where x and W were")
 
 __device__ __forceinline__ float half_of(u32 two, int i) { return i ? high(two) : low(two); }
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32, 1) product_gated(
+extern "C" __global__ void __launch_bounds__(WARPS * 32 + 64, 1) product_gated(
     const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w, const float* squares, const u16* bias,
     const u16* taps, u16* past, u16* out, float eps, i64 rows) {
     extern __shared__ unsigned char memory[];
     const Program program(address(memory));
-    if (!program.multiplies()) return program.feed(x, w, program.tile * WARPS);
+    if (program.feeds()) return program.feed(x, w, program.tile * WARPS);
+    if (program.scales()) return program.find_scales(squares, eps, rows);
     int block = (program.tile * WARPS + program.warp) * 8, n = block + program.pair(), of = block + program.lane / 4;
     int row = program.row() + program.odd();
     const u32* held = (const u32*)(past + (i64)row * OLDER * N + n);

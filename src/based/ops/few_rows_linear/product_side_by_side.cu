@@ -2,13 +2,14 @@
 // Constants besides product.cuh's: N (all outputs), SECOND, THIRD (where those of the second and third W
 // begin; N without). Without a bias its pointer is null.
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32, 1) product_side_by_side(
+extern "C" __global__ void __launch_bounds__(WARPS * 32 + 64, 1) product_side_by_side(
     const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap first, const __grid_constant__ TensorMap second,
     const __grid_constant__ TensorMap third, const float* squares, const u16* bias, u16* out, float eps, i64 rows) {
     extern __shared__ unsigned char memory[];
     const Program program(address(memory));
     int tile = program.tile, at = tile * 64;
-    if (!program.multiplies()) {
+    if (program.scales()) return program.find_scales(squares, eps, rows);
+    if (program.feeds()) {
         if (at < SECOND) return program.feed(x, first, tile * WARPS);
         return at < THIRD ? program.feed(x, second, (at - SECOND) / 16) : program.feed(x, third, (at - THIRD) / 16);
     }

@@ -1,0 +1,105 @@
+// Adds full rings of recent keys and values to states whose numerators are in halves (halves.py).
+// A warp takes 16 features of a head at a time, and adds a matrix product to them where it has copied them: features
+// by tokens by values. A feature is a product of two bfloat16 numbers, which is a sum of two, exactly.
+// Constants: H, F, V, WARPS, ROOM (rows among which full rings are looked for at a time).
+
+constexpr int K = 16, RING = 16, FEATURES = 16, TILES = (F + FEATURES - 1) / FEATURES;
+// Bytes of a feature's halves of one kind, of a warp's memory, and where there keys and values are.
+constexpr int LINE = 2 * V, HALF = FEATURES * LINE, KEYS = 2 * HALF, VALUES = KEYS + RING * 2 * K, OF_WARP = VALUES + RING * LINE;
+constexpr int BARRIERS = WARPS * OF_WARP, FOUND = BARRIERS + 8 * WARPS, LIST = FOUND + 4;
+
+// Feature f of a token's key, in the order of features.py; of one that is not there, something.
+__device__ __forceinline__ float feature(u32 keys, int token, int f) {
+    u32 key = keys + token * 2 * K;
+    int product = f - 1 - K, left = product % K, right = (left + product / K) % K;
+    if (f == 0) return 1;
+    if (f <= K) return low(load2(key + 2 * (f - 1)));
+    return low(load2(key + 2 * left)) * low(load2(key + 2 * right));
+}
+
+extern "C" __global__ void __launch_bounds__(WARPS * 32) fold_rings(
+    u16* numerator, float* denominator, const u16* keys, const u16* values, const i64* seen, i64 rows) {
+    extern __shared__ unsigned char memory[];
+    const u32 start = address(memory) + 127 & ~127u, found = start + FOUND, list = start + LIST;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, quad = lane / 4, token = lane % 4 * 2;
+    const u32 mine = start + warp * OF_WARP, barrier = start + BARRIERS + 8 * warp;
+    u32 parity = 0;
+    if (elected()) start_barrier(barrier, 1), barriers_started();
+    let_next_start();
+    for (i64 first = 0; first < rows; first += ROOM) {
+        __syncthreads();
+        if (threadIdx.x == 0) store4(found, 0);
+        __syncthreads();
+        for (i64 row = first + threadIdx.x; row < min(first + ROOM, rows); row += WARPS * 32)
+            if (seen[row] % RING == RING - 1) store4(list + 4 * take_number(found), row);
+        __syncthreads();
+        const int tiles = load4(found) * (H * TILES);
+        for (int tile = blockIdx.x * WARPS + warp; tile < tiles; tile += gridDim.x * WARPS) {
+            const int f = tile % TILES * FEATURES, bytes = min(FEATURES, F - f) * LINE, head = tile / TILES % H;
+            const i64 row = load4(list + 4 * (tile / (H * TILES)));
+            u16* upper = numerator + ((row * H + head) * 2 * F + f) * V;
+            u16* lower = upper + F * V;
+            if (elected()) {
+                await_stores_read();
+                expect(barrier, 2 * bytes);
+                copy_bytes(mine, upper, bytes, barrier), copy_bytes(mine + HALF, lower, bytes, barrier);
+            }
+            // The state is on its way before the newest key and value are there.
+            wait_for_previous();
+            const u16* key = keys + (row * RING * H + head) * K;
+            const u16* value = values + (row * RING * H + head) * V;
+            copy16(mine + KEYS + 16 * lane, key + (i64)(lane / 2) * H * K + lane % 2 * 8, true);
+#pragma unroll
+            for (int i = lane; i < RING * V / 8; i += 32)
+                copy16(mine + VALUES + 16 * i, value + (i64)(i / (V / 8)) * H * V + i % (V / 8) * 8, true);
+            commit_copies(), await_copies<0>();
+            __syncwarp();
+            // The left side, by which half of the tokens and of the features: features, and what bfloat16 leaves of them.
+            u32 most[4], rest[4];
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                const int own = f + quad + 8 * r;
+                float sum = 0;
+#pragma unroll
+                for (int c = 0; c < 2; c++) {
+                    float even = feature(mine + KEYS, token + 8 * c, own), odd = feature(mine + KEYS, token + 8 * c + 1, own);
+                    u32 both = pack(even, odd);
+                    most[r + 2 * c] = both, rest[r + 2 * c] = pack(even - low(both), odd - high(both));
+                    sum += even + odd;
+                }
+                sum += __shfl_xor_sync(~0u, sum, 1);
+                sum += __shfl_xor_sync(~0u, sum, 2);
+                if (token == 0 && own < F) denominator[(row * H + head) * F + own] += sum;
+            }
+            await_barrier(barrier, parity), parity ^= 1;
+#pragma unroll
+            for (int n = 0; n < V; n += 16) {
+                u32 x[4];
+                load_matrices(x, mine + VALUES + lane % 16 * LINE + 2 * n + lane / 16 * 16);
+#pragma unroll
+                for (int h = 0; h < 2; h++) {
+                    const u32 at = mine + quad * LINE + 2 * (n + 8 * h + token);
+                    float d[4] = {};
+                    multiply_add(d, rest, x[2 * h], x[2 * h + 1]);
+                    multiply_add(d, most, x[2 * h], x[2 * h + 1]);
+#pragma unroll
+                    for (int r = 0; r < 2; r++) {
+                        const u32 to = at + 8 * r * LINE, high_two = load4(to), low_two = load4(to + HALF);
+                        u32 even = __float_as_uint(__uint_as_float(__byte_perm(low_two, high_two, 0x5410)) + d[2 * r]);
+                        u32 odd = __float_as_uint(__uint_as_float(__byte_perm(low_two, high_two, 0x7632)) + d[2 * r + 1]);
+                        store4(to, __byte_perm(even, odd, 0x7632)), store4(to + HALF, __byte_perm(even, odd, 0x5410));
+                    }
+                }
+            }
+            stores_before_async();
+            __syncwarp();
+            if (elected()) {
+                store_bytes(upper, mine, bytes), store_bytes(lower, mine + HALF, bytes);
+                commit_stores();
+            }
+        }
+    }
+    // A kernel ends when those before it have, whether it had anything to do or not.
+    wait_for_previous();
+    if (elected()) await_stores();
+}

@@ -37,7 +37,10 @@ def on_hopper(monkeypatch, tmp_path_factory) -> Iterator[Callable[[bool], None]]
 
 def drawn(rows: int, heads: int, V: int) -> tuple[Tensor, ...]:
     """Numerator in halves, denominator, recent keys and values."""
-    draw = lambda *shape: torch.randn(*shape, device=DEVICE)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=DEVICE)
+
     state = halves.split(8 * draw(rows, heads, 153, V)), draw(rows, heads, 153)
     return *state, draw(rows, R, heads, K).bfloat16(), draw(rows, R, heads, V).bfloat16()
 

@@ -1,4 +1,4 @@
-"""Full rings folded on Hopper in CUDA C++ (`fold.cu`), where heads are many and states in halves."""
+"""Full rings folded on Hopper in CUDA C++ (`fold.cu`): many heads, their states in halves."""
 
 from collections.abc import Callable
 from functools import cache

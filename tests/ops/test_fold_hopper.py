@@ -54,7 +54,8 @@ def test_full_rings_are_added_and_others_left(rows, heads, V, late, on_hopper, m
     """Rows are looked through two at a time, and programs take many tiles each."""
     on_hopper(late)
     monkeypatch.setattr(fold_hopper, "ROOM", 2)
-    monkeypatch.setattr(fold_hopper, "PROGRAMS", 2)
+    monkeypatch.setattr(fold_hopper, "MULTIPROCESSORS", 1)
+    monkeypatch.setattr(fold_hopper, "MOST_PROGRAMS", 2)
     numerator, denominator, keys, values = drawn(rows, heads, V)
     seen = torch.tensor([31, 14, 16, 1_000_015, 15], device=DEVICE)[:rows]
     phi = key_features(keys.double())

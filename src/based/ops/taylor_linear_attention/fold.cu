@@ -6,6 +6,8 @@
 constexpr int K = 16, RING = 16, FEATURES = 16, TILES = (F + FEATURES - 1) / FEATURES;
 // Bytes of a feature's halves of one kind, of a warp's memory, and where there keys and values are.
 constexpr int LINE = 2 * V, HALF = FEATURES * LINE, KEYS = 2 * HALF, VALUES = KEYS + RING * 2 * K, OF_WARP = VALUES + RING * LINE;
+// Values of a feature that a warp has in registers at a time.
+constexpr int GROUP = V <= 112 ? V : V / 2;
 constexpr int BARRIERS = WARPS * OF_WARP, FOUND = BARRIERS + 8 * WARPS, LIST = FOUND + 4;
 
 // Feature f of a token's key, in the order of features.py; of one that is not there, something.
@@ -15,6 +17,13 @@ __device__ __forceinline__ float feature(u32 keys, int token, int f) {
     if (f == 0) return 1;
     if (f <= K) return low(load2(key + 2 * (f - 1)));
     return low(load2(key + 2 * left)) * low(load2(key + 2 * right));
+}
+
+// To two numbers, whose upper and lower halves are given.
+__device__ __forceinline__ void add(u32& upper, u32& lower, float even, float odd) {
+    u32 a = __float_as_uint(__uint_as_float(__byte_perm(lower, upper, 0x5410)) + even);
+    u32 b = __float_as_uint(__uint_as_float(__byte_perm(lower, upper, 0x7632)) + odd);
+    upper = __byte_perm(a, b, 0x7632), lower = __byte_perm(a, b, 0x5410);
 }
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32) fold_rings(
@@ -52,7 +61,13 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) fold_rings(
 #pragma unroll
             for (int i = lane; i < RING * V / 8; i += 32)
                 copy16(mine + VALUES + 16 * i, value + (i64)(i / (V / 8)) * H * V + i % (V / 8) * 8, true);
-            commit_copies(), await_copies<0>();
+            commit_copies();
+            float* norm = denominator + (row * H + head) * F + f + quad;
+            float before[2] = {};
+#pragma unroll
+            for (int r = 0; r < 2; r++)
+                if (token == 0 && f + quad + 8 * r < F) before[r] = norm[8 * r];
+            await_copies<0>();
             __syncwarp();
             // The left side, by which half of the tokens and of the features: features, and what bfloat16 leaves of them.
             u32 most[4], rest[4];
@@ -69,26 +84,35 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) fold_rings(
                 }
                 sum += __shfl_xor_sync(~0u, sum, 1);
                 sum += __shfl_xor_sync(~0u, sum, 2);
-                if (token == 0 && own < F) denominator[(row * H + head) * F + own] += sum;
+                if (token == 0 && own < F) norm[8 * r] = before[r] + sum;
             }
             await_barrier(barrier, parity), parity ^= 1;
+            const u32 at = mine + quad * LINE + 2 * token;
+            for (int n = 0; n < V; n += GROUP) {
+                // All of a group is read before any of it is written, so that no read waits for a write.
+                u32 halves[GROUP / 8][4];
 #pragma unroll
-            for (int n = 0; n < V; n += 16) {
-                u32 x[4];
-                load_matrices(x, mine + VALUES + lane % 16 * LINE + 2 * n + lane / 16 * 16);
+                for (int i = 0; i < GROUP / 4; i++) {
+                    const u32 from = at + 2 * n + i / 2 * 16 + i % 2 * 8 * LINE;
+                    halves[i / 2][i % 2 * 2] = load4(from), halves[i / 2][i % 2 * 2 + 1] = load4(from + HALF);
+                }
 #pragma unroll
-                for (int h = 0; h < 2; h++) {
-                    const u32 at = mine + quad * LINE + 2 * (n + 8 * h + token);
-                    float d[4] = {};
-                    multiply_add(d, rest, x[2 * h], x[2 * h + 1]);
-                    multiply_add(d, most, x[2 * h], x[2 * h + 1]);
+                for (int i = 0; i < GROUP / 8; i += 2) {
+                    u32 x[4];
+                    load_matrices(x, mine + VALUES + lane % 16 * LINE + 2 * n + 16 * (i + lane / 16));
 #pragma unroll
-                    for (int r = 0; r < 2; r++) {
-                        const u32 to = at + 8 * r * LINE, high_two = load4(to), low_two = load4(to + HALF);
-                        u32 even = __float_as_uint(__uint_as_float(__byte_perm(low_two, high_two, 0x5410)) + d[2 * r]);
-                        u32 odd = __float_as_uint(__uint_as_float(__byte_perm(low_two, high_two, 0x7632)) + d[2 * r + 1]);
-                        store4(to, __byte_perm(even, odd, 0x7632)), store4(to + HALF, __byte_perm(even, odd, 0x5410));
+                    for (int h = 0; h < 2; h++) {
+                        float d[4] = {};
+                        multiply_add(d, rest, x[2 * h], x[2 * h + 1]);
+                        multiply_add(d, most, x[2 * h], x[2 * h + 1]);
+                        add(halves[i + h][0], halves[i + h][1], d[0], d[1]);
+                        add(halves[i + h][2], halves[i + h][3], d[2], d[3]);
                     }
+                }
+#pragma unroll
+                for (int i = 0; i < GROUP / 4; i++) {
+                    const u32 to = at + 2 * n + i / 2 * 16 + i % 2 * 8 * LINE;
+                    store4(to, halves[i / 2][i % 2 * 2]), store4(to + HALF, halves[i / 2][i % 2 * 2 + 1]);
                 }
             }
             stores_before_async();

@@ -11,10 +11,11 @@ from torch import Tensor
 from based.ops import cuda, kernels
 
 FEATURE_DIM, RING, LARGEST_HEAD_DIM = 16, 16, 128
-# Two programs of eight warps fit a multiprocessor of an H100 or H200, of 132.
-WARPS, PROGRAMS = 8, 264
+# Multiprocessors of an H100 or H200, bytes that the programs of one share, and how many programs,
+# of so many warps each, it has registers for.
+MULTIPROCESSORS, SHARED, MOST_PROGRAMS, WARPS = 132, 227 * 1024, 5, 4
 # Features of a tile, and rows among which full rings are looked for at a time.
-FEATURES, ROOM = 16, 2048
+FEATURES, ROOM = 16, 1024
 
 
 def takes(numerator: Tensor, recent_keys: Tensor, recent_values: Tensor) -> bool:
@@ -37,21 +38,24 @@ def fold(
     """Adds the rings of rows whose token `seen` is a ring's last to their states, in place."""
     (B, H, F), V = denominator.shape, recent_values.shape[3]
     warps = B * H * -(-F // FEATURES)
-    run = _kernel(H, F, V, numerator.device)
+    run, programs = _kernel(H, F, V, numerator.device)
     given = numerator, denominator, recent_keys, recent_values, seen, B
     overlap = kernels.overlap(seen, reads_state=True)["OVERLAP"]
-    run(min(PROGRAMS, -(-warps // WARPS)), 32 * WARPS, *given, overlap=overlap)
+    run(min(programs, -(-warps // WARPS)), 32 * WARPS, *given, overlap=overlap)
 
 
 @cache
-def _kernel(H: int, F: int, V: int, device: torch.device) -> Callable[..., None]:
+def _kernel(H: int, F: int, V: int, device: torch.device) -> tuple[Callable[..., None], int]:
+    """The kernel, and how many programs of it run at a time."""
     # A warp's features, upper and lower halves, keys and values.
     of_warp = 2 * FEATURES * 2 * V + RING * 2 * (FEATURE_DIM + V)
     shared = WARPS * (of_warp + 8) + 4 + 4 * ROOM + 127
-    return cuda.compile_kernel("fold_rings", source(H, F, V), shared, device)
+    # Of each program the driver keeps 1 KiB.
+    programs = MULTIPROCESSORS * min(MOST_PROGRAMS, SHARED // (shared + 1024))
+    return cuda.compile_kernel("fold_rings", source(H, F, V), shared, device), programs
 
 
 def source(H: int, F: int, V: int) -> str:
     """The text of the kernel."""
-    constants = {"H": H, "F": F, "V": V, "WARPS": WARPS, "ROOM": ROOM}
+    constants: dict[str, int | bool | str] = {"H": H, "F": F, "V": V, "WARPS": WARPS, "ROOM": ROOM}
     return cuda.source_of([Path(__file__).with_name("fold.cu")], constants, ())

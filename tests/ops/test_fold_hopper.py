@@ -45,6 +45,22 @@ def drawn(rows: int, heads: int, V: int) -> tuple[Tensor, ...]:
     return *state, draw(rows, R, heads, K).bfloat16(), draw(rows, R, heads, V).bfloat16()
 
 
+def folds_as_float64_does(rows: int, heads: int, V: int, seen: Tensor) -> None:
+    numerator, denominator, keys, values = drawn(rows, heads, V)
+    phi = key_features(keys.double())
+    full = seen % R == R - 1
+    sums = torch.einsum("brhf,brhv->bhfv", phi, values.double())
+    want = halves.join(numerator).double() + sums * full[:, None, None, None]
+    norm = denominator.double() + phi.sum(1) * full[:, None, None]
+    before = numerator.clone()
+    assert fold_hopper.takes(numerator, keys, values)
+    fold.fold_full_rings(numerator, denominator, keys, values, seen)
+    torch.testing.assert_close(halves.join(numerator).double(), want, rtol=3e-7, atol=1e-5)
+    torch.testing.assert_close(denominator.double(), norm, rtol=1e-6, atol=1e-5)
+    assert torch.equal(numerator[~full], before[~full])
+    assert bool((numerator[full] != before[full]).any())
+
+
 @somewhere
 @pytest.mark.parametrize(
     ("rows", "heads", "V", "late"),
@@ -56,20 +72,16 @@ def test_full_rings_are_added_and_others_left(rows, heads, V, late, on_hopper, m
     monkeypatch.setattr(fold_hopper, "ROOM", 2)
     monkeypatch.setattr(fold_hopper, "MULTIPROCESSORS", 1)
     monkeypatch.setattr(fold_hopper, "MOST_PROGRAMS", 2)
-    numerator, denominator, keys, values = drawn(rows, heads, V)
     seen = torch.tensor([31, 14, 16, 1_000_015, 15], device=DEVICE)[:rows]
-    phi = key_features(keys.double())
-    full = (seen % R == R - 1)[:, None, None]
-    sums = torch.einsum("brhf,brhv->bhfv", phi, values.double())
-    want = halves.join(numerator).double() + sums * full[..., None]
-    norm = denominator.double() + phi.sum(1) * full
-    before = numerator.clone()
-    assert fold_hopper.takes(numerator, keys, values)
-    fold.fold_full_rings(numerator, denominator, keys, values, seen)
-    torch.testing.assert_close(halves.join(numerator).double(), want, rtol=3e-7, atol=3e-6)
-    torch.testing.assert_close(denominator.double(), norm, rtol=1e-6, atol=1e-5)
-    assert torch.equal(numerator[~full.flatten()], before[~full.flatten()])
-    assert bool((numerator[full.flatten()] != before[full.flatten()]).any())
+    folds_as_float64_does(rows, heads, V, seen)
+
+
+@somewhere
+def test_programs_share_the_tiles_of_many_rows(on_hopper) -> None:
+    """All of them list the same rows in the same order."""
+    on_hopper()
+    rows, heads = (1200, 16) if IS_HOPPER else (40, 1)
+    folds_as_float64_does(rows, heads, 64, torch.randint(14, 16, (rows,), device=DEVICE))
 
 
 @somewhere

@@ -33,9 +33,8 @@ __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_
 template <int N> __device__ __forceinline__ void await_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
-// Before wgmma or a store of many bytes reads what ordinary stores wrote. It waits for copies too: not where they
-// should overlap.
-__device__ __forceinline__ void stores_before_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// Before wgmma reads what ordinary stores wrote. It waits for copies too: not where they should overlap.
+__device__ __forceinline__ void stores_before_wgmma() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 __device__ __forceinline__ void store16(u32 to, uint4_ x) {
     asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
 }
@@ -142,12 +141,6 @@ __device__ __forceinline__ bool elected() {
     asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xFFFFFFFF;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(one));
     return one;
 }
-// What is counted there, which is one more then.
-__device__ __forceinline__ u32 take_number(u32 counter) {
-    u32 before;
-    asm volatile("atom.shared.add.u32 %0, [%1], 1;" : "=r"(before) : "r"(counter) : "memory");
-    return before;
-}
 // Of so many of the threads.
 __device__ __forceinline__ void named_barrier(int name, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(threads) : "memory");
@@ -155,20 +148,6 @@ __device__ __forceinline__ void named_barrier(int name, int threads) {
 __device__ __forceinline__ void named_arrive(int name, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(name), "r"(threads) : "memory");
 }
-
-// ---- copies of multiples of 16 bytes, of one thread
-
-__device__ __forceinline__ void copy_bytes(u32 to, const void* from, u32 bytes, u32 barrier) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-        ::"r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
-}
-__device__ __forceinline__ void store_bytes(void* to, u32 from, u32 bytes) {
-    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ void commit_stores() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-// Until shared memory may be written again, and until all has been stored.
-__device__ __forceinline__ void await_stores_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
-__device__ __forceinline__ void await_stores() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
 // ---- copies by tensor maps, which the host makes (cuda.py): 128 bytes of each row, swizzled
 

@@ -51,7 +51,6 @@ struct Fiber {
     bool done = false;
     std::deque<Copy> copies;
     std::deque<Product> products;
-    std::deque<std::function<void()>> stores;
     int copy_groups = 0, product_groups = 0, started = 0;
 };
 // One wgmma of a warpgroup: its left side, from all threads or described, and its right side.
@@ -113,6 +112,15 @@ template <class T> T __shfl_sync(u32, T value, int from) {
     meet_warp();
     return got;
 }
+static u32 __ballot_sync(u32, bool yes) {
+    exchanged[self][0] = yes;
+    meet_warp();
+    u32 all = 0;
+    for (u32 i = 0; i < 32; i++) all |= exchanged[(self & ~31u) + i][0] << i;
+    meet_warp();
+    return all;
+}
+static u32 __popc(u32 x) { return __builtin_popcount(x); }
 template <class T> T __shfl_xor_sync(u32 mask, T value, int with) {
     return __shfl_sync(mask, value, (threadIdx.x & 31) ^ with);
 }
@@ -159,7 +167,7 @@ template <int N> void await_copies() {
     for (; !self.copies.empty() && self.copies.front().group < self.copy_groups - N; self.copies.pop_front())
         copy_now(self.copies.front());
 }
-inline void stores_before_async() {}
+inline void stores_before_wgmma() {}
 inline void store16(u32 to, uint4_ x) { std::memcpy(at(to), &x, 16); }
 inline void store4(u32 to, u32 x) { std::memcpy(at(to), &x, 4); }
 inline u16 load2(u32 from) { u16 x; std::memcpy(&x, at(from), 2); return x; }
@@ -195,24 +203,6 @@ inline void bring(u32 barrier, i64 bytes, std::function<void()> write) {
     if (LATE) of.late.push_back(happen);
     else happen();
 }
-
-inline u32 take_number(u32 counter) { u32 x = load4(counter); store4(counter, x + 1); return x; }
-inline void copy_bytes(u32 to, const void* from, u32 bytes, u32 barrier) {
-    unsigned char* place = at(to);
-    bring(barrier, bytes, [=] { std::memcpy(place, from, bytes); });
-}
-inline void store_bytes(void* to, u32 from, u32 bytes) {
-    const unsigned char* place = at(from);
-    auto happen = [=] { std::memcpy(to, place, bytes); };
-    if (LATE) own().stores.push_back(happen);
-    else happen();
-}
-inline void commit_stores() {}
-inline void await_stores() {
-    for (auto& happen : own().stores) happen();
-    own().stores.clear();
-}
-inline void await_stores_read() { await_stores(); }
 
 // As emulation/__init__.py fills it: a pointer, four sizes, three strides in bytes, four sizes of a box.
 struct __align__(64) TensorMap { u64 words[16]; };

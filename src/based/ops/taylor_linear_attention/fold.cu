@@ -8,7 +8,8 @@ constexpr int K = 16, RING = 16, FEATURES = 16, TILES = (F + FEATURES - 1) / FEA
 constexpr int LINE = 2 * V, HALF = FEATURES * LINE, KEYS = 2 * HALF, VALUES = KEYS + RING * 2 * K, OF_WARP = VALUES + RING * LINE;
 // Values of a feature that a warp has in registers at a time.
 constexpr int GROUP = V <= 112 ? V : V / 2;
-constexpr int BARRIERS = WARPS * OF_WARP, FOUND = BARRIERS + 8 * WARPS, LIST = FOUND + 4;
+// Times 32 rows that are looked at at once.
+constexpr int AT_ONCE = 8;
 
 // Feature f of a token's key, in the order of features.py; of one that is not there, something.
 __device__ __forceinline__ float feature(u32 keys, int token, int f) {
@@ -17,6 +18,27 @@ __device__ __forceinline__ float feature(u32 keys, int token, int f) {
     if (f == 0) return 1;
     if (f <= K) return low(load2(key + 2 * (f - 1)));
     return low(load2(key + 2 * left)) * low(load2(key + 2 * right));
+}
+
+// Lists rows whose rings are full, in order (programs share what they list), and returns how many; by a warp.
+__device__ __forceinline__ u32 find_full(u32 list, const i64* seen, i64 first, i64 end) {
+    const int lane = threadIdx.x % 32;
+    u32 count = 0;
+    for (; first < end; first += 32 * AT_ONCE) {
+        bool full[AT_ONCE];
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) {
+            i64 row = first + 32 * i + lane;
+            full[i] = row < end && seen[row] % RING == RING - 1;
+        }
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) {
+            u32 all = __ballot_sync(~0u, full[i]);
+            if (full[i]) store4(list + 4 * (count + __popc(all & (1u << lane) - 1)), first + 32 * i + lane);
+            count += __popc(all);
+        }
+    }
+    return count;
 }
 
 // To two numbers, whose upper and lower halves are given.
@@ -29,38 +51,30 @@ __device__ __forceinline__ void add(u32& upper, u32& lower, float even, float od
 extern "C" __global__ void __launch_bounds__(WARPS * 32) fold_rings(
     u16* numerator, float* denominator, const u16* keys, const u16* values, const i64* seen, i64 rows) {
     extern __shared__ unsigned char memory[];
-    const u32 start = address(memory) + 127 & ~127u, found = start + FOUND, list = start + LIST;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, quad = lane / 4, token = lane % 4 * 2;
-    const u32 mine = start + warp * OF_WARP, barrier = start + BARRIERS + 8 * warp;
-    u32 parity = 0;
-    if (elected()) start_barrier(barrier, 1), barriers_started();
+    const u32 start = address(memory), list = start + WARPS * OF_WARP, found = list + 4 * ROOM, mine = start + warp * OF_WARP;
     let_next_start();
     for (i64 first = 0; first < rows; first += ROOM) {
         __syncthreads();
-        if (threadIdx.x == 0) store4(found, 0);
-        __syncthreads();
-        for (i64 row = first + threadIdx.x; row < min(first + ROOM, rows); row += WARPS * 32)
-            if (seen[row] % RING == RING - 1) store4(list + 4 * take_number(found), row);
+        if (warp == 0) store4(found, find_full(list, seen, first, min(first + ROOM, rows)));
         __syncthreads();
         const int tiles = load4(found) * (H * TILES);
         for (int tile = blockIdx.x * WARPS + warp; tile < tiles; tile += gridDim.x * WARPS) {
-            const int f = tile % TILES * FEATURES, bytes = min(FEATURES, F - f) * LINE, head = tile / TILES % H;
+            const int f = tile % TILES * FEATURES, head = tile / TILES % H, eights = min(FEATURES, F - f) * V / 8;
             const i64 row = load4(list + 4 * (tile / (H * TILES)));
             u16* upper = numerator + ((row * H + head) * 2 * F + f) * V;
             u16* lower = upper + F * V;
-            if (elected()) {
-                await_stores_read();
-                expect(barrier, 2 * bytes);
-                copy_bytes(mine, upper, bytes, barrier), copy_bytes(mine + HALF, lower, bytes, barrier);
+            __syncwarp();
+            for (int i = lane; i < FEATURES * V / 8; i += 32) {
+                copy16(mine + 16 * i, upper + 8 * i, i < eights), copy16(mine + HALF + 16 * i, lower + 8 * i, i < eights);
             }
             // The state is on its way before the newest key and value are there.
             wait_for_previous();
             const u16* key = keys + (row * RING * H + head) * K;
             const u16* value = values + (row * RING * H + head) * V;
-            copy16(mine + KEYS + 16 * lane, key + (i64)(lane / 2) * H * K + lane % 2 * 8, true);
-#pragma unroll
+            copy16(mine + KEYS + 16 * lane, key + lane / 2 * H * K + lane % 2 * 8, true);
             for (int i = lane; i < RING * V / 8; i += 32)
-                copy16(mine + VALUES + 16 * i, value + (i64)(i / (V / 8)) * H * V + i % (V / 8) * 8, true);
+                copy16(mine + VALUES + 16 * i, value + i / (V / 8) * H * V + i % (V / 8) * 8, true);
             commit_copies();
             float* norm = denominator + (row * H + head) * F + f + quad;
             float before[2] = {};
@@ -86,7 +100,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) fold_rings(
                 sum += __shfl_xor_sync(~0u, sum, 2);
                 if (token == 0 && own < F) norm[8 * r] = before[r] + sum;
             }
-            await_barrier(barrier, parity), parity ^= 1;
             const u32 at = mine + quad * LINE + 2 * token;
             for (int n = 0; n < V; n += GROUP) {
                 // All of a group is read before any of it is written, so that no read waits for a write.
@@ -115,15 +128,13 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) fold_rings(
                     store4(to, halves[i / 2][i % 2 * 2]), store4(to + HALF, halves[i / 2][i % 2 * 2 + 1]);
                 }
             }
-            stores_before_async();
             __syncwarp();
-            if (elected()) {
-                store_bytes(upper, mine, bytes), store_bytes(lower, mine + HALF, bytes);
-                commit_stores();
+            for (int i = lane; i < eights; i += 32) {
+                *(float4_*)(upper + 8 * i) = load_four(mine + 16 * i);
+                *(float4_*)(lower + 8 * i) = load_four(mine + HALF + 16 * i);
             }
         }
     }
     // A kernel ends when those before it have, whether it had anything to do or not.
     wait_for_previous();
-    if (elected()) await_stores();
 }

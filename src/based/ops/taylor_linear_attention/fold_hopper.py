@@ -49,7 +49,7 @@ def _kernel(H: int, F: int, V: int, device: torch.device) -> tuple[Callable[...,
     """The kernel, and how many programs of it run at a time."""
     # A warp's features, upper and lower halves, keys and values.
     of_warp = 2 * FEATURES * 2 * V + RING * 2 * (FEATURE_DIM + V)
-    shared = WARPS * (of_warp + 8) + 4 + 4 * ROOM + 127
+    shared = WARPS * of_warp + 4 * ROOM + 4
     # Of each program the driver keeps 1 KiB.
     programs = MULTIPROCESSORS * min(MOST_PROGRAMS, SHARED // (shared + 1024))
     return cuda.compile_kernel("fold_rings", source(H, F, V), shared, device), programs

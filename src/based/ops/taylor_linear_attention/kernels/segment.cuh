@@ -148,7 +148,7 @@ __device__ __forceinline__ void load_rest(
     if (state.exists) write_terms(shared + AT_MIXER, terms, thread);
     if (STRIPS) {
         load_state(shared, state, thread);
-        stores_before_async();
+        stores_before_wgmma();
     }
 }
 

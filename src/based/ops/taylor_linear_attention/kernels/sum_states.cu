@@ -162,7 +162,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) sum_states(
     } else {
         put_factor(0, 1);
         put_factor(1, factor_of(chunks - 1));
-        stores_before_async();
+        stores_before_wgmma();
     }
     for (int c = 0; c < STAGES - 2; c++) load(c);
     float acc[N / 2], sums[4];
@@ -175,7 +175,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) sum_states(
     for (int c = 0; c < chunks; c++) {
         if (QUERIES) {
             put_factor((c + 1) % 3, factor);
-            stores_before_async();
+            stores_before_wgmma();
         }
         await_copies<STAGES - 3>();
         __syncthreads();

@@ -4,12 +4,16 @@
 // Constants: H, F, V, WARPS, ROOM (rows among which full rings are looked for at a time).
 
 constexpr int K = 16, RING = 16, FEATURES = 16, TILES = (F + FEATURES - 1) / FEATURES;
-// Bytes of a feature's halves of one kind, of a warp's memory, and where there keys and values are.
-constexpr int LINE = 2 * V, HALF = FEATURES * LINE, KEYS = 2 * HALF, VALUES = KEYS + RING * 2 * K, OF_WARP = VALUES + RING * LINE;
+// Copies of 16 bytes that a feature's halves of one kind are; bytes of these in shared memory, where 16 more leave its
+// neighbours to other banks; and of a warp's memory, and where there keys and values are.
+constexpr int COPIES = V / 8, LINE = 16 * COPIES + 16, HALF = FEATURES * LINE, KEYS = 2 * HALF, VALUES = KEYS + RING * 2 * K, OF_WARP = VALUES + RING * LINE;
 // Values of a feature that a warp has in registers at a time.
 constexpr int GROUP = V <= 112 ? V : V / 2;
 // Times 32 rows that are looked at at once.
 constexpr int AT_ONCE = 8;
+
+// Where the i-th 16 bytes of 16 rows go.
+__device__ __forceinline__ int place_of(int i) { return i / COPIES * LINE + i % COPIES * 16; }
 
 // Feature f of a token's key, in the order of features.py; of one that is not there, something.
 __device__ __forceinline__ float feature(u32 keys, int token, int f) {
@@ -60,21 +64,24 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) fold_rings(
         __syncthreads();
         const int tiles = load4(found) * (H * TILES);
         for (int tile = blockIdx.x * WARPS + warp; tile < tiles; tile += gridDim.x * WARPS) {
-            const int f = tile % TILES * FEATURES, head = tile / TILES % H, eights = min(FEATURES, F - f) * V / 8;
+            const int f = tile % TILES * FEATURES, head = tile / TILES % H, copies = min(FEATURES, F - f) * COPIES;
             const i64 row = load4(list + 4 * (tile / (H * TILES)));
             u16* upper = numerator + ((row * H + head) * 2 * F + f) * V;
             u16* lower = upper + F * V;
             __syncwarp();
-            for (int i = lane; i < FEATURES * V / 8; i += 32) {
-                copy16(mine + 16 * i, upper + 8 * i, i < eights), copy16(mine + HALF + 16 * i, lower + 8 * i, i < eights);
+#pragma unroll
+            for (int i = lane; i < FEATURES * COPIES; i += 32) {
+                const u32 to = mine + place_of(i);
+                copy16(to, upper + 8 * i, i < copies), copy16(to + HALF, lower + 8 * i, i < copies);
             }
             // The state is on its way before the newest key and value are there.
             wait_for_previous();
             const u16* key = keys + (row * RING * H + head) * K;
             const u16* value = values + (row * RING * H + head) * V;
             copy16(mine + KEYS + 16 * lane, key + lane / 2 * H * K + lane % 2 * 8, true);
-            for (int i = lane; i < RING * V / 8; i += 32)
-                copy16(mine + VALUES + 16 * i, value + i / (V / 8) * H * V + i % (V / 8) * 8, true);
+#pragma unroll
+            for (int i = lane; i < RING * COPIES; i += 32)
+                copy16(mine + VALUES + place_of(i), value + i / COPIES * H * V + i % COPIES * 8, true);
             commit_copies();
             float* norm = denominator + (row * H + head) * F + f + quad;
             float before[2] = {};
@@ -129,9 +136,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) fold_rings(
                 }
             }
             __syncwarp();
-            for (int i = lane; i < eights; i += 32) {
-                *(float4_*)(upper + 8 * i) = load_four(mine + 16 * i);
-                *(float4_*)(lower + 8 * i) = load_four(mine + HALF + 16 * i);
+#pragma unroll
+            for (int i = lane; i < FEATURES * COPIES; i += 32) {
+                if (i >= copies) break;
+                *(float4_*)(upper + 8 * i) = load_four(mine + place_of(i));
+                *(float4_*)(lower + 8 * i) = load_four(mine + HALF + place_of(i));
             }
         }
     }

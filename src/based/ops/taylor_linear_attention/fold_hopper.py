@@ -47,8 +47,8 @@ def fold(
 @cache
 def _kernel(H: int, F: int, V: int, device: torch.device) -> tuple[Callable[..., None], int]:
     """The kernel, and how many programs of it run at a time."""
-    # A warp's features, upper and lower halves, keys and values.
-    of_warp = 2 * FEATURES * 2 * V + RING * 2 * (FEATURE_DIM + V)
+    # A warp's features, upper and lower halves, and values, in padded lines, and keys.
+    of_warp = (2 * FEATURES + RING) * (2 * V + 16) + RING * 2 * FEATURE_DIM
     shared = WARPS * of_warp + 4 * ROOM + 4
     # Of each program the driver keeps 1 KiB.
     programs = MULTIPROCESSORS * min(MOST_PROGRAMS, SHARED // (shared + 1024))

@@ -15,18 +15,6 @@ constexpr int AT_ONCE = 8;
 // Where the i-th 16 bytes of 16 rows go.
 __device__ __forceinline__ int place_of(int i) { return i / COPIES * LINE + i % COPIES * 16; }
 
-// What a warp copies begins with a line of 128 bytes, of which those before the first of its 16 are left: one that
-// begins elsewhere is five lines for four.
-__device__ __forceinline__ int first_of(const u16* numbers) { return (int)(threadIdx.x % 32) - (int)((u64)numbers / 16 % 8); }
-__device__ __forceinline__ void load(u32 to, const u16* from, int copies) {
-    for (int i = first_of(from); i < copies; i += 32)
-        if (i >= 0) copy16(to + place_of(i), from + 8 * i, true);
-}
-__device__ __forceinline__ void store(u16* to, u32 from, int copies) {
-    for (int i = first_of(to); i < copies; i += 32)
-        if (i >= 0) *(float4_*)(to + 8 * i) = load_four(from + place_of(i));
-}
-
 // Feature f of a token's key, in the order of features.py; of one that is not there, something.
 __device__ __forceinline__ float feature(u32 keys, int token, int f) {
     u32 key = keys + token * 2 * K;
@@ -81,7 +69,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) fold_rings(
             u16* upper = numerator + ((row * H + head) * 2 * F + f) * V;
             u16* lower = upper + F * V;
             __syncwarp();
-            load(mine, upper, copies), load(mine + HALF, lower, copies);
+#pragma unroll
+            for (int i = lane; i < FEATURES * COPIES; i += 32) {
+                const u32 to = mine + place_of(i);
+                copy16(to, upper + 8 * i, i < copies), copy16(to + HALF, lower + 8 * i, i < copies);
+            }
             // The state is on its way before the newest key and value are there.
             wait_for_previous();
             const u16* key = keys + (row * RING * H + head) * K;
@@ -144,7 +136,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) fold_rings(
                 }
             }
             __syncwarp();
-            store(upper, mine, copies), store(lower, mine + HALF, copies);
+#pragma unroll
+            for (int i = lane; i < FEATURES * COPIES; i += 32) {
+                if (i >= copies) break;
+                *(float4_*)(upper + 8 * i) = load_four(mine + place_of(i));
+                *(float4_*)(lower + 8 * i) = load_four(mine + HALF + place_of(i));
+            }
         }
     }
     // A kernel ends when those before it have, whether it had anything to do or not.

@@ -21,8 +21,8 @@ from torch import Tensor
 from based.ops.fallback import warn_once
 
 OPTIONS = (b"--gpu-architecture=sm_90a", b"--std=c++17")
-# CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
-SHARED_SIZE, CARVEOUT = 8, 9
+# CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+SHARED_SIZE = 8
 # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION, CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 CLUSTER, PROGRAMMATIC = 4, 6
 # CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B
@@ -145,8 +145,6 @@ def compile_kernel(
         _check(driver.cuModuleLoadData(ctypes.byref(module), image))
         _check(driver.cuModuleGetFunction(ctypes.byref(function), module, name.encode()))
         _check(driver.cuFuncSetAttribute(function, SHARED_SIZE, shared))
-        # All that a multiprocessor has: else it may hold fewer programs than there is room for.
-        _check(driver.cuFuncSetAttribute(function, CARVEOUT, 100))
 
     def launch(grid: int, block: int, *arguments: Argument, overlap: bool = False) -> None:
         values = [as_c(argument) for argument in arguments]

@@ -10,7 +10,7 @@ constexpr int COPIES = V / 8, LINE = 16 * COPIES + 16, HALF = FEATURES * LINE, K
 // Values of a feature that a warp has in registers at a time.
 constexpr int GROUP = V <= 112 ? V : V / 2;
 // Times 32 rows that are looked at at once.
-constexpr int AT_ONCE = 32;
+constexpr int AT_ONCE = 8;
 
 // Where the i-th 16 bytes of 16 rows go.
 __device__ __forceinline__ int place_of(int i) { return i / COPIES * LINE + i % COPIES * 16; }

@@ -14,7 +14,7 @@ COMPILED = re.compile(r"triton_(poi|red|per)_")
 # The first pattern that another kernel's name matches is its kind.
 KINDS = {
     "attention": r"flash|fmha|sdpa|mha_|window|attention_step|_join",
-    "Taylor linear attention": r"taylor|fold|sum_states|carry_states|attend|(query|key)_grad",
+    "Taylor linear attention": r"taylor|_fold|sum_states|carry_states|attend|(query|key)_grad",
     "scan": r"scan|chunk_state|ssd",
     "convolution": r"conv",
     "communication": r"nccl",

@@ -138,8 +138,9 @@ def test_swiglu_of_a_norm(rows: int, bias: bool, late: bool, on_hopper) -> None:
 
 
 @somewhere
-@pytest.mark.parametrize(("rows", "width"), [(5, 3), (33, 1), (128, 2), (17, 4)])
+@pytest.mark.parametrize(("rows", "width"), [(5, 3), (33, 1), (128, 2), (17, 4), (70, 3)])
 def test_a_convolution_of_a_norm(rows: int, width: int, on_hopper) -> None:
+    """In two parts, of 48 rows too, where a program's last 32 are not all its own."""
     on_hopper()
     layer = layer_of(128, 128, bias=True)
     taps, past = draw(64, width), draw(rows, width - 1, 64)

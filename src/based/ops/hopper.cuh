@@ -44,11 +44,6 @@ __device__ __forceinline__ void store4(u32 to, u32 x) {
 __device__ __forceinline__ void store_four(u32 to, const float* four) {
     asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(four[0]), "f"(four[1]), "f"(four[2]), "f"(four[3]) : "memory");
 }
-__device__ __forceinline__ u16 load2(u32 from) {
-    u16 x;
-    asm volatile("ld.shared.b16 %0, [%1];" : "=h"(x) : "r"(from) : "memory");
-    return x;
-}
 __device__ __forceinline__ u32 load4(u32 from) {
     u32 x;
     asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(from) : "memory");

@@ -13,7 +13,6 @@
 #include <deque>
 #include <functional>
 #include <map>
-#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -30,8 +29,6 @@ inline unsigned __float_as_uint(float x) { unsigned bits; std::memcpy(&bits, &x,
 #include "words.cuh"
 
 using std::max;
-// As CUDA has it, of a pair that differs in type too.
-template <class A, class B> std::common_type_t<A, B> min(A a, B b) { return b < a ? b : a; }
 
 struct Index { u32 x; };
 static Index blockIdx, gridDim, threadIdx;
@@ -112,15 +109,6 @@ template <class T> T __shfl_sync(u32, T value, int from) {
     meet_warp();
     return got;
 }
-static u32 __ballot_sync(u32, bool yes) {
-    exchanged[self][0] = yes;
-    meet_warp();
-    u32 all = 0;
-    for (u32 i = 0; i < 32; i++) all |= exchanged[(self & ~31u) + i][0] << i;
-    meet_warp();
-    return all;
-}
-static u32 __popc(u32 x) { return __builtin_popcount(x); }
 template <class T> T __shfl_xor_sync(u32 mask, T value, int with) {
     return __shfl_sync(mask, value, (threadIdx.x & 31) ^ with);
 }
@@ -170,7 +158,6 @@ template <int N> void await_copies() {
 inline void stores_before_wgmma() {}
 inline void store16(u32 to, uint4_ x) { std::memcpy(at(to), &x, 16); }
 inline void store4(u32 to, u32 x) { std::memcpy(at(to), &x, 4); }
-inline u16 load2(u32 from) { u16 x; std::memcpy(&x, at(from), 2); return x; }
 inline u32 load4(u32 from) { u32 x; std::memcpy(&x, at(from), 4); return x; }
 template <class P> void renew(P&) {}
 inline float load_here(const float* from) { return *from; }

@@ -11,8 +11,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32, 1) product_back(
     // Two neighbouring outputs, by two rows of each eight.
     int n = (program.tile * WARPS + program.warp) * 16 + program.lane / 4 * 2, real = (int)rows - program.row();
     i64 first = (i64)program.row() * N + n;
-    u32 pairs[2] = {*(const u32*)(gain + n), bias ? *(const u32*)(bias + n) : 0};
+    u32 gains[2] = {gain[n], gain[n + 1]}, shift[2] = {};
     float2_ kept[EIGHTS][2];
+    if (bias) shift[0] = bias[n], shift[1] = bias[n + 1];
     program.ready();
     program.wait();
     if (counter && blockIdx.x == 0 && threadIdx.x < rows) count(counter + threadIdx.x);
@@ -26,17 +27,17 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32, 1) product_back(
     float d[ROWS / 2], y[EIGHTS][4];
     program.multiply(d);
     program.add_up(d, y);
-    settle(pairs);
+    settle(gains), settle(shift);
 #pragma unroll
     for (int i = 0; i < EIGHTS; i++) {
         float square[2];
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            float even = y[i][r] + low(pairs[1]) + kept[i][r].x, odd = y[i][2 + r] + high(pairs[1]) + kept[i][r].y;
+            float even = y[i][r] + low(shift[0]) + kept[i][r].x, odd = y[i][2 + r] + low(shift[1]) + kept[i][r].y;
             square[r] = even * even + odd * odd;
             if (8 * i + r >= real) continue;
             *(float2_*)(total + first + (8 * i + r) * N) = {even, odd};
-            *(u32*)(scaled + first + (8 * i + r) * N) = pack(even * low(pairs[0]), odd * high(pairs[0]));
+            *(u32*)(scaled + first + (8 * i + r) * N) = pack(even * low(gains[0]), odd * low(gains[1]));
         }
         program.turn(square[0], square[1]);
         float sum = square[0] + square[1];

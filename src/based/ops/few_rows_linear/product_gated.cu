@@ -19,18 +19,17 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 64, 1) product_gated(
     int block = (program.tile * WARPS + program.warp) * 8, n = block + program.pair(), of = block + program.lane / 4;
     int row = program.row() + program.odd();
     const u32* held = (const u32*)(past + (i64)row * OLDER * N + n);
-    u32 shift[2] = {}, tap[WIDTH > 0 ? WIDTH : 1], older[EIGHTS][SLOTS];
+    u32 shift[2] = {}, tap[WIDTH > 0 ? 2 * WIDTH : 1], older[EIGHTS][SLOTS];
     float y[EIGHTS][4];
     if (bias) shift[0] = bias[of], shift[1] = bias[N + of];
 #pragma unroll
-    for (int t = 0; t < WIDTH; t++) tap[t] = ((const u32*)(taps + n * WIDTH))[t];
+    for (int t = 0; t < 2 * WIDTH; t++) tap[t] = taps[n * WIDTH + t];
 #pragma unroll
     for (int i = 0; i < EIGHTS; i++)
 #pragma unroll
         for (int s = 0; s < OLDER; s++) older[i][s] = row + 8 * i < rows ? held[(8 * i * OLDER + s) * N / 2] : 0;
     program.ready();
     program.multiply_normed(squares, eps, rows, shift, y);
-    auto tap_of = [&](int h, int s) { return half_of(tap[(h * WIDTH + s) / 2], (h * WIDTH + s) % 2); };
     if (WIDTH > 0) settle(tap);
     // All shuffles together (the compiler would keep none that it can put off), so that none waits for a silu.
     u32 made[EIGHTS], newest[EIGHTS];
@@ -41,9 +40,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 64, 1) product_gated(
         program.turn(y[i][2], y[i][3]);
 #pragma unroll
         for (int h = 0; h < (WIDTH > 0 ? 2 : 0); h++) {
-            y[i][h] = half_of(newest[i], h) * tap_of(h, WIDTH - 1);
+            y[i][h] = half_of(newest[i], h) * low(tap[h * WIDTH + WIDTH - 1]);
 #pragma unroll
-            for (int s = 0; s < OLDER; s++) y[i][h] += half_of(older[i][s], h) * tap_of(h, s);
+            for (int s = 0; s < OLDER; s++) y[i][h] += half_of(older[i][s], h) * low(tap[h * WIDTH + s]);
         }
     }
     __syncwarp();
@@ -68,7 +67,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 64, 1) product_gated(
     i64 to = program.part * OWN + line;
 #pragma unroll
     for (int i = 0; i < OWN; i += 32) {
-        if (OWN < 32 && line >= OWN || to + i >= rows) continue;
+        if (line + i >= OWN || to + i >= rows) continue;
         *(float4_*)(out + (to + i) * N + at) = load_four(from + i * LINE);
 #pragma unroll
         for (int s = 0; s < OLDER; s++)

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from based.ops.kernels import overlap
 from based.ops.overlap import wait_for_previous
-from based.ops.taylor_linear_attention import fold_hopper
 from based.ops.tensor_core import dot, dot_add
 
 # Features of a state that are folded at a time, and values of each; programs that share the work,
@@ -183,8 +182,6 @@ def fold_full_rings(
     seen: Int[Tensor, " B"],
 ) -> None:
     """Adds the rings of rows whose token `seen` is a ring's last to their states, in place."""
-    if fold_hopper.takes(numerator, recent_keys, recent_values):
-        return fold_hopper.fold(numerator, denominator, recent_keys, recent_values, seen)
     (B, H, F), V, K = denominator.shape, recent_values.shape[3], recent_keys.shape[3]
     width = min(TILE_VALUES, padded(V))
     items = B * H * triton.cdiv(F, TILE_FEATURES) * triton.cdiv(V, width)

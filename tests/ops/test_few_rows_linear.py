@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from based.generation.quantization import decode_step, quantize_weights
 from based.models import Decoder, DecoderConfig, DecoderState
-from based.ops import few_rows_linear
+from based.ops import few_rows_linear, kernels
 from based.ops.elementwise import add_rms_norm
 from based.ops.few_rows_linear import Projected, Residual, decode
 from based.ops.few_rows_linear import residual as residual_module
@@ -247,8 +247,10 @@ def test_only_few_rows_and_plain_layers_are_fused() -> None:
     [(2, torch.bfloat16, True), (3, torch.bfloat16, False), (4, torch.float32, True)],
 )
 def test_a_wide_stream_takes_tensor_cores_from_three_rows(
-    rows: int, dtype: torch.dtype, few: bool
+    rows: int, dtype: torch.dtype, few: bool, monkeypatch
 ) -> None:
+    """Where Hopper's products, which take two, are not at hand."""
+    monkeypatch.setattr(kernels, "HOPPER", False)
     with DEVICE:
         layers = [nn.Linear(1792, size, bias=False, dtype=dtype) for size in (256, 1792)]
         given = Residual(torch.empty(rows, 1792), None, torch.empty(1792, dtype=dtype), 1e-5)

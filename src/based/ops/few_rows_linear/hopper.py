@@ -20,6 +20,8 @@ from based.ops import cuda, kernels
 # As in product.cuh: rows of W of a tile, channels of a step, warps that multiply; and steps in
 # flight: with more of them the first to come are late.
 OUTPUTS, LANES, WARPS, STAGES = 64, 64, 4, 8
+# Those that multiply and a warp that copies; another one finds the scales of a norm.
+THREADS = 32 * (WARPS + 1)
 # Parts of the channels, and how many programs in clusters of so many an H100 or H200 seats.
 SEATS = {1: 132, 2: 132, 4: 120}
 # Rows of x that a product has are a multiple of this: eights, in four parts.
@@ -78,7 +80,7 @@ def project_back(
     squares = torch.empty((N // OUTPUTS, rows), dtype=torch.float32, device=x.device)
     maps = _rows(x, block), _blocks(weight, gated=False)
     given = residual, _or_null(bias), gain
-    grid = N // OUTPUTS * parts, 32 * (WARPS + 1)
+    grid = N // OUTPUTS * parts, THREADS
     overlap = kernels.overlap(x)["OVERLAP"]
     run(*grid, *maps, *given, total, scaled, squares, _or_null(counter), rows, overlap=overlap)
     return total, Scaled(scaled, squares, eps)
@@ -103,7 +105,7 @@ def project_gated(
     out = torch.empty((rows, NN // 2), dtype=x.dtype, device=x.device)
     maps = _rows(x, block), _blocks(weight, gated=True)
     given = scaled.squares, _or_null(bias), _or_null(taps), _or_null(past)
-    grid = NN // OUTPUTS * parts, 32 * (WARPS + 2)
+    grid = NN // OUTPUTS * parts, THREADS + 32
     overlap = kernels.overlap(x, reads_state=past is not None)["OVERLAP"]
     run(*grid, *maps, *given, out, scaled.eps, rows, overlap=overlap)
     return out
@@ -124,7 +126,7 @@ def project_side_by_side(
     out = torch.empty((rows, N), dtype=x.dtype, device=x.device)
     maps = [_blocks(weight, gated=False) for weight in weights]
     maps = _rows(x, block), *maps, *maps[:1] * (3 - len(maps))
-    grid = N // OUTPUTS * parts, 32 * (WARPS + 2)
+    grid = N // OUTPUTS * parts, THREADS + 32
     given = scaled.squares, _or_null(bias), out, scaled.eps, rows
     run(*grid, *maps, *given, overlap=kernels.overlap(x)["OVERLAP"])
     return out

@@ -31,7 +31,8 @@ struct Program {
         __syncthreads();
         if (PARTS > 1) cluster_arrive();
     }
-    __device__ __forceinline__ void wait() const {
+    __device__ __forceinline__ void begin() const {
+        ready();
         if (PARTS > 1) cluster_wait();
         wait_for_previous();
     }
@@ -141,7 +142,7 @@ struct Program {
     // What add_up finds, divided by the rms of x's rows, of which x has a norm's gain alone, and two outputs' bias.
     __device__ __forceinline__ void multiply_normed(
         const float* squares, float eps, i64 rows, u32 (&bias)[2], float (&y)[EIGHTS][4]) const {
-        wait();
+        begin();
         float d[ROWS / 2];
         multiply(d);
         add_up(d, y);
@@ -157,8 +158,7 @@ struct Program {
 
     // 1 / rms of this program's rows into its scratch, by a warp of its own.
     __device__ __forceinline__ void find_scales(const float* squares, float eps, i64 rows) const {
-        ready();
-        wait();
+        begin();
         for (int row = lane; row < OWN && part * OWN + row < rows; row += 32) {
             const float* from = squares + part * OWN + row;
             float sum = 0;

@@ -14,8 +14,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32, 1) product_back(
     u32 gains[2] = {gain[n], gain[n + 1]}, shift[2] = {};
     float2_ kept[EIGHTS][2];
     if (bias) shift[0] = bias[n], shift[1] = bias[n + 1];
-    program.ready();
-    program.wait();
+    program.begin();
     if (counter && blockIdx.x == 0 && threadIdx.x < rows) count(counter + threadIdx.x);
 #pragma unroll
     for (int i = 0; i < EIGHTS; i++)

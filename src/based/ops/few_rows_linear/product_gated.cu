@@ -28,7 +28,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 64, 1) product_gated(
     for (int i = 0; i < EIGHTS; i++)
 #pragma unroll
         for (int s = 0; s < OLDER; s++) older[i][s] = row + 8 * i < rows ? held[(8 * i * OLDER + s) * N / 2] : 0;
-    program.ready();
     program.multiply_normed(squares, eps, rows, shift, y);
     if (WIDTH > 0) settle(tap);
     // All shuffles together (the compiler would keep none that it can put off), so that none waits for a silu.
@@ -39,7 +38,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 64, 1) product_gated(
         newest[i] = program.turned(pack(y[i][0], y[i][1]));
         program.turn(y[i][2], y[i][3]);
 #pragma unroll
-        for (int h = 0; h < (WIDTH > 0 ? 2 : 0); h++) {
+        for (int h = 0; h < 2; h++) {
             y[i][h] = half_of(newest[i], h) * low(tap[h * WIDTH + WIDTH - 1]);
 #pragma unroll
             for (int s = 0; s < OLDER; s++) y[i][h] += half_of(older[i][s], h) * low(tap[h * WIDTH + s]);

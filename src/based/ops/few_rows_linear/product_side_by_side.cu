@@ -19,7 +19,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 64, 1) product_side_by
     u32 shift[2] = {};
     float y[EIGHTS][4];
     if (bias) shift[0] = bias[n], shift[1] = bias[n + 1];
-    program.ready();
     program.multiply_normed(squares, eps, rows, shift, y);
 #pragma unroll
     for (int i = 0; i < EIGHTS; i++)

@@ -99,7 +99,11 @@ def window(head_dim: int, dtype: torch.dtype) -> None:
 
 
 def around() -> None:
-    from based.ops.elementwise_decode import add_rms_norm_kernel, swiglu_kernel
+    from based.ops.elementwise_decode import (
+        add_rms_norm_kernel,
+        scale_with_squares_kernel,
+        swiglu_kernel,
+    )
     from based.ops.gated_short_convolution import triton as convolution
     from based.ops.selective_scan import triton as scan
     from based.ops.stacked_cross_entropy.triton import softmax_gradient_kernel_
@@ -115,6 +119,7 @@ def around() -> None:
     scan._scan_backward._init_fn(*sizes, b, b, marks, x, last)
     norm = empty(4, 1792, dtype=F32), empty(4, 4, 1792, dtype=F32), empty(1792), 1e-5
     add_rms_norm_kernel(*norm)
+    scale_with_squares_kernel(empty(4, 1792, dtype=F32), empty(1792), 64)
     swiglu_kernel(empty(4, 7168))
 
 

@@ -31,6 +31,22 @@ def add_rms_norm(
     return x, normed.to(weight.dtype)
 
 
+def scale_with_squares(
+    x: Float[Tensor, "B C"], weight: Float[Tensor, " C"], width: int
+) -> tuple[Float[Tensor, "B C"], Float[Tensor, "tiles B"]]:
+    """x times weight, in its dtype, and of each `width` channels x's sums of squares.
+
+    RMSNorm but for the division, of a float32 x whose channels are a multiple of `width`, a
+    power of two. No gradients.
+    """
+    if use_kernels(x):
+        from based.ops.elementwise_decode import scale_with_squares_kernel
+
+        return scale_with_squares_kernel(x, weight, width)
+    squares = x.square().unflatten(1, (-1, width)).sum(2)
+    return (x * weight).to(weight.dtype), squares.T.contiguous()
+
+
 def swiglu(x: Float[Tensor, "B CC"]) -> Float[Tensor, "B C"]:
     """value * silu(gate), value the first half of the channels and gate the second. No gradients.
 

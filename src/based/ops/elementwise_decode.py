@@ -1,4 +1,4 @@
-"""Kernels of `elementwise.py`: residual addition with RMSNorm, and SwiGLU."""
+"""Kernels of `elementwise.py`: residual addition with RMSNorm, RMSNorm undivided, and SwiGLU."""
 
 from typing import no_type_check
 
@@ -88,6 +88,44 @@ def add_rms_norm_kernel(
         num_warps=min(MOST_WARPS, max(1, block_c // OF_WARP)),
     )
     return total, normed
+
+
+@triton.jit
+@no_type_check
+def _scale_with_squares_kernel(
+    x_ptr,
+    weight_ptr,
+    scaled_ptr,
+    squares_ptr,
+    channels,
+    WIDTH: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    row, rows = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    tile = tl.arange(0, BLOCK_T)
+    channel = tile[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    real = channel < channels
+    let_next_start(OVERLAP)
+    weight = tl.load(weight_ptr + channel, mask=real, other=0.0).to(tl.float32)
+    only_wait(OVERLAP)
+    x = tl.load(x_ptr + row * channels + channel, mask=real, other=0.0)
+    tl.store(scaled_ptr + row * channels + channel, x * weight, mask=real)
+    tl.store(squares_ptr + tile * rows + row, tl.sum(x * x, axis=1), mask=tile * WIDTH < channels)
+
+
+def scale_with_squares_kernel(
+    x: Float[Tensor, "B C"], weight: Float[Tensor, " C"], width: int
+) -> tuple[Float[Tensor, "B C"], Float[Tensor, "tiles B"]]:
+    """As `scale_with_squares`; x contiguous."""
+    (rows, channels), tiles = x.shape, x.shape[1] // width
+    scaled = torch.empty_like(x, dtype=weight.dtype)
+    squares = torch.empty((tiles, rows), dtype=x.dtype, device=x.device)
+    block = triton.next_power_of_2(tiles)
+    warps = min(MOST_WARPS, max(1, block * width // OF_WARP))
+    sizes = {"WIDTH": width, "BLOCK_T": block, "num_warps": warps}
+    _scale_with_squares_kernel[(rows,)](x, weight, scaled, squares, channels, **sizes, **overlap(x))
+    return scaled, squares
 
 
 @triton.jit

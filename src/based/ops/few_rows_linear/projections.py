@@ -12,7 +12,15 @@ from torch import Tensor, nn
 
 from based.ops.elementwise import swiglu
 from based.ops.few_rows_linear import hopper
-from based.ops.few_rows_linear.residual import Projected, Residual, in_tiles, normed, plain
+from based.ops.few_rows_linear.residual import (
+    Projected,
+    Residual,
+    in_tiles,
+    normed,
+    plain,
+    shares_norm,
+    undivided,
+)
 from based.ops.few_rows_linear.weights import rows_of
 from based.ops.gated_short_convolution import gated_short_convolution_step
 from based.ops.kernels import use_kernels
@@ -57,25 +65,6 @@ def _few(x: Tensor, width: int, *layers: nn.Module) -> bool:
     return x.shape[0] <= MOST_ROWS_WIDE or width < WIDE or not halves
 
 
-def _shares_norm(residual: Residual, *layers: nn.Module) -> bool:
-    """Whether the projection before the norm and the layers after it are kernels that share it."""
-    branch, linear_layers = residual.branch, [y for y in layers if isinstance(y, nn.Linear)]
-    return (
-        isinstance(branch, Projected)
-        and residual.weight.dtype == branch.x.dtype
-        and all(in_tiles(branch.x, layer) for layer in (branch.layer, *layers))
-        and hopper.takes(branch.x, branch.layer, *linear_layers)
-    )
-
-
-def _project(residual: Residual) -> tuple[Float[Tensor, "B C"], hopper.Scaled]:
-    """The residual's sum, and its norm but for the division, where the norm is shared."""
-    x, branch, gain, eps = residual
-    assert isinstance(branch, Projected)
-    projection = branch.x, branch.layer.weight, branch.layer.bias, branch.counter
-    return hopper.project_back(*projection, residual=x, gain=gain, eps=eps)
-
-
 def _whole(residual: Residual) -> tuple[Tensor, Tensor | None, Tensor, float]:
     """A residual whose branch is there, as kernels of few rows take it."""
     x, branch, weight, eps = residual
@@ -107,8 +96,8 @@ def norm_linears(
         if fuses(residual, *layers):
             x, y = norm_linear(residual, weights, linear_layers[0].bias)
             return x, y.split(sizes, dim=-1)
-        if _shares_norm(residual, *layers):
-            x, scaled = _project(residual)
+        if shares_norm(residual, *layers):
+            x, scaled = undivided(residual)
             return x, hopper.project_side_by_side(scaled, weights, linear_layers[0].bias).split(
                 sizes, -1
             )
@@ -126,9 +115,9 @@ def norm_linear_swiglu(
 
         projection = {"weights": [layer.weight], "bias": layer.bias}
         return linear_kernel(*_whole(residual), **projection, swiglu=True)
-    if _shares_norm(residual, layer):
+    if shares_norm(residual, layer):
         assert isinstance(layer, nn.Linear)
-        x, scaled = _project(residual)
+        x, scaled = undivided(residual)
         return x, hopper.project_gated(scaled, layer.weight, layer.bias)
     x, y = normed(residual)
     return x, linear_swiglu(y, layer)
@@ -150,9 +139,9 @@ def norm_linear_convolution(
 
         projection = {"weights": [layer.weight], "bias": layer.bias}
         return linear_kernel(*_whole(residual), **projection, taps=taps, past=past)
-    if taps.dtype == residual.weight.dtype and _shares_norm(residual, layer):
+    if taps.dtype == residual.weight.dtype and shares_norm(residual, layer):
         assert isinstance(layer, nn.Linear)
-        x, scaled = _project(residual)
+        x, scaled = undivided(residual)
         return x, hopper.project_gated(scaled, layer.weight, layer.bias, taps, past)
     x, y = normed(residual)
     return x, linear_convolution(y, layer, taps, past)

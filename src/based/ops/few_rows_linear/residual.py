@@ -6,7 +6,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from based.ops.elementwise import add_rms_norm
+from based.ops.elementwise import add_rms_norm, scale_with_squares
+from based.ops.few_rows_linear import hopper
 from based.ops.kernels import use_kernels
 
 # Above, library calls are faster.
@@ -37,9 +38,33 @@ def normed(residual: Residual) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B C
     """x + branch, and its norm."""
     x, branch, weight, eps = residual
     bias = None
+    if isinstance(branch, Projected) and shares_norm(residual):
+        # Whoever divides reads the sum itself, which is rounded once less.
+        (x, _), branch = undivided(residual), None
     if isinstance(branch, Projected):
         branch, bias = product(branch)
     return add_rms_norm(x, branch, weight, eps, bias)
+
+
+def shares_norm(residual: Residual, *layers: nn.Module) -> bool:
+    """Whether what projects before a norm, if anything does, and layers after it share it."""
+    x, branch, gain, _ = residual
+    if isinstance(branch, Projected):
+        layers = branch.layer, *layers
+    elif branch is not None:
+        return False
+    few = use_kernels(x) and x.shape[0] <= MOST_ROWS_IN_TILES and all(map(plain, layers))
+    return few and hopper.takes(gain, *(y for y in layers if isinstance(y, nn.Linear)))
+
+
+def undivided(residual: Residual) -> tuple[Float[Tensor, "B C"], hopper.Scaled]:
+    """The residual's sum, and its norm but for the division, where the norm is shared."""
+    x, branch, gain, eps = residual
+    if isinstance(branch, Projected):
+        projection = branch.x, branch.layer.weight, branch.layer.bias, branch.counter
+        return hopper.project_back(*projection, residual=x, gain=gain, eps=eps)
+    assert branch is None
+    return x, hopper.Scaled(*scale_with_squares(x, gain, hopper.OUTPUTS), eps)
 
 
 def product(branch: Projected) -> tuple[Float[Tensor, "*S B N"], Float[Tensor, " N"] | None]:

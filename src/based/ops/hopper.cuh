@@ -155,9 +155,16 @@ __device__ __forceinline__ void copy_rows(u32 to, const TensorMap& from, int col
         ::"r"(to), "l"(&from), "r"(barrier), "r"(column), "r"(row) : "memory");
 }
 // Of a map with four axes: column, row of eight, eight of a block, block.
-__device__ __forceinline__ void copy_blocks(u32 to, const TensorMap& from, int column, int block, u32 barrier) {
-    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %4, %5}], [%2];"
-        ::"r"(to), "l"(&from), "r"(barrier), "r"(column), "r"(0), "r"(block) : "memory");
+__device__ __forceinline__ void copy_blocks(u32 to, const TensorMap& from, int column, int block, u32 barrier, u64 policy) {
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+        "[%0], [%1, {%3, %4, %4, %5}], [%2], %6;"
+        ::"r"(to), "l"(&from), "r"(barrier), "r"(column), "r"(0), "r"(block), "l"(policy) : "memory");
+}
+// How the second cache keeps what is read once: it goes before all else.
+__device__ __forceinline__ u64 read_once() {
+    u64 policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
 }
 
 // ---- programs of a cluster

@@ -54,10 +54,11 @@ struct Program {
     // Copies what the others multiply, W's rows from a block on; by one warp.
     __device__ __forceinline__ void feed(const TensorMap& x, const TensorMap& w, int block) const {
         int first = part * STEPS * LANES;
+        const u64 policy = read_once();
         auto weights = [&](int k) {
             u32 slot = k % STAGES, barrier = full + 8 * slot;
             expect(barrier, STEP);
-            copy_blocks(memory + slot * STEP, w, first + k * LANES, block, barrier);
+            copy_blocks(memory + slot * STEP, w, first + k * LANES, block, barrier, policy);
         };
         auto inputs = [&](int k) {
             u32 slot = k % STAGES;

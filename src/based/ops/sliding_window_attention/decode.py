@@ -23,10 +23,16 @@ TILE = {"BLOCK_S": 16, "STAGES": 3, "num_warps": 2}
 # Where programs are few, and where one of them holds a whole window: of so many slots.
 WIDE, FEW = {"BLOCK_S": 32, "STAGES": 3, "num_warps": 4}, 256
 WHOLE, MOST_WHOLE = {"num_warps": 4}, 129
-# Of windows (up to so many slots): where rows and heads are enough for small programs, and so
-# many that programs of few slots are best, should those be long.
-SHORT, SLIM, MANY = 256, {"BLOCK_S": 8, "STAGES": 2, "num_warps": 1}, 2048
-SLIMMEST, LONG, VERY_MANY = {**SLIM, "BLOCK_S": 4}, 128, 8192
+# Of windows (up to so many slots), from so many rows and heads on: tiles of short slots, of long.
+SHORT, LONG = 256, 128
+SLIM, THIN = ({"BLOCK_S": size, "STAGES": 2, "num_warps": 1} for size in (8, 32))
+MANY = {
+    8192: (SLIM, {**SLIM, "BLOCK_S": 4}),
+    4096: (SLIM, SLIM),
+    2048: ({"BLOCK_S": 16, "STAGES": 3, "num_warps": 1}, SLIM),
+    1024: (THIN, TILE),
+    0: ({**TILE, "BLOCK_S": 32}, {**TILE, "BLOCK_S": 32}),
+}
 # Where several queries share their keys; by bytes of a cached number.
 GROUPED = {size: {"BLOCK_S": 128 // size, "STAGES": 2, "num_warps": 4} for size in (2, 4)}
 # Rows of the smallest matrix that matrix units multiply.
@@ -200,16 +206,13 @@ def _attention_step_kernel(
     row, head, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     lane = tl.arange(0, BLOCK_D)
     inside = lane < D
-    wait_for_previous(OVERLAP)
+    let_next_start(OVERLAP)
     place, past, own, other = _place(seen_ptr, frequencies, row, slots, lane, R)
     base = row * slots * (G * D) + head * D
     share = tl.cdiv(past, SPLITS)
     begin, end = part * share, tl.minimum(part * share + share, past)
-    key, value = _new_token(
-        *(k_ptr, v_ptr, row, head, k_stride, v_stride, lane, own, other),
-        *(keys_ptr.dtype.element_ty, D, R),
-    )
-    query = _rotated(q_ptr + row * q_stride + head * D, lane, own, other, D, R) * SCALE
+    q = q_ptr + row * q_stride + head * D
+    query = tl.zeros((BLOCK_D,), tl.float32)
     # Row r of a tile keeps a softmax of its own over slots r, r + BLOCK_S, ...; rows are
     # joined once, at the end.
     peaks = tl.full((BLOCK_S,), LOWEST, tl.float32)
@@ -218,6 +221,10 @@ def _attention_step_kernel(
     # Several tiles are on their way at a time.
     for first in tl.range(begin, end, BLOCK_S, num_stages=STAGES):
         k, v, real = _tile(keys_ptr, values_ptr, first, end, place, base, lane, G, D, BLOCK_S)
+        # The first tiles are on their way before the query is waited for.
+        if first == begin:
+            only_wait(OVERLAP)
+            query = _rotated(q, lane, own, other, D, R) * SCALE
         score = tl.sum(k.to(tl.float32) * query[None, :], axis=1)
         score = tl.where(real, score, float("-inf"))
         higher = tl.maximum(peaks, score)
@@ -225,6 +232,12 @@ def _attention_step_kernel(
         totals = totals * shrink + weight
         tile = tile * shrink[:, None] + v.to(tl.float32) * weight[:, None]
         peaks = higher
+    only_wait(OVERLAP)
+    query = _rotated(q, lane, own, other, D, R) * SCALE
+    key, value = _new_token(
+        *(k_ptr, v_ptr, row, head, k_stride, v_stride, lane, own, other),
+        *(keys_ptr.dtype.element_ty, D, R),
+    )
     # The new token counts in the first part.
     own = tl.where(part == 0, tl.sum(query * key.to(tl.float32)), LOWEST)
     peak = tl.maximum(tl.max(peaks), own)
@@ -361,9 +374,7 @@ def attention_step_kernel(
         B * H * splits * (block_d + 2) if splits > 1 else 1, dtype=torch.float32, device=q.device
     )
     few = B * H * splits <= FEW
-    kernel, choices = _attention_step_kernel, WIDE if few else TILE
-    if B * H >= MANY and S <= SHORT:
-        choices = SLIMMEST if B * H >= VERY_MANY and block_d >= LONG else SLIM
+    kernel, choices = _attention_step_kernel, WIDE if few else _tile_of(B * H, S, block_d)
     if few and splits == 1 < S <= MOST_WHOLE:
         kernel, choices = _window_step_kernel, {**WHOLE, "BLOCK_S": 1 << (S - 2).bit_length()}
     if H > G:
@@ -391,13 +402,20 @@ def attention_step_kernel(
         R=R,
         SPLITS=splits,
         BLOCK_D=block_d,
-        **overlap(q, reads_state=kernel is _window_step_kernel),
+        **overlap(q, reads_state=H == G),
         **choices,
     )
     if splits > 1:
         sizes = {"D": D, "SPLITS": splits, "BLOCK_D": block_d}
         _join_kernel[(B * H,)](parts, out, **sizes, **overlap(q), **JOIN)
     return out
+
+
+def _tile_of(pairs: int, slots: int, width: int) -> dict[str, int]:
+    """Slots of a tile, and so on, for more than FEW pairs of a row and a head."""
+    if slots > SHORT:
+        return TILE
+    return next(tiles[width >= LONG] for least, tiles in MANY.items() if pairs >= least)
 
 
 def split_count(pairs: int, slots: int) -> int:

@@ -6,8 +6,9 @@ import pytest
 import torch
 from test_engine import SAMPLED, alone, config, make, prompt, run, same_bits
 
-from based.generation import Engine, Sampling
+from based.generation import Engine, Generation, Sampling
 from based.models import Decoder
+from based.ops import kernels
 
 pytestmark = pytest.mark.gpu
 
@@ -49,6 +50,32 @@ def test_kernels_that_start_early_change_no_bit(model, slots, monkeypatch) -> No
     early = alone(model, prompt(9), sampling, settings)
     monkeypatch.setattr("based.ops.kernels.OVERLAP", False)
     assert same_bits(alone(model, prompt(9), sampling, settings), early)
+
+
+def test_what_runs_aside_changes_no_bit(monkeypatch) -> None:
+    """Rings of all phases, of rows enough for folds of their own."""
+    model, sampling = make("based-tiny").to("cuda", torch.bfloat16), replace(GREEDY, seed=1)
+    launched = []
+    real = kernels._side_stream
+    monkeypatch.setattr(kernels, "_side_stream", lambda x: launched.append(x) or real(x))
+
+    def draw() -> tuple[list[Generation], Engine]:
+        engine = Engine(model, config(slots=64, deterministic=True))
+        requests = [engine.submit(prompt(1 + n % 40, n), sampling) for n in range(64)]
+        run(engine, *requests)
+        return requests, engine
+
+    beside, engine = draw()
+    assert launched
+    launched.clear()
+    monkeypatch.setattr(kernels, "ASIDE", False)
+    in_turn, other = draw()
+    assert not launched
+    for got, want in zip(beside, in_turn, strict=True):
+        assert same_bits(got, want)
+    for got, want in zip(engine.pool.state, other.pool.state, strict=True):
+        for name in want:
+            assert torch.equal(got[name], want[name])
 
 
 def test_fused_projections_stay_near_what_they_fuse(model, monkeypatch) -> None:

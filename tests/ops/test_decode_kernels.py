@@ -1,5 +1,7 @@
 """The decode kernels against float64 references: interpreted, or on a GPU if there is one."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import Tensor
@@ -161,14 +163,60 @@ def test_state_is_read_before_the_wait_in_a_step_alone(monkeypatch: pytest.Monke
     assert not kernels.overlap(x, reads_state=True)["OVERLAP"]
 
 
+class FakeStream:
+    """Writes down for whom it waits."""
+
+    device = "cuda"
+
+    def __init__(self, name: str, log: list[tuple[str, str]]) -> None:
+        self.name, self.log = name, log
+
+    def wait_stream(self, other: "FakeStream") -> None:
+        self.log.append((self.name, other.name))
+
+
+def test_what_runs_aside_has_ended_when_the_step_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes after all before it, starts no earlier, and outside of a step takes its turn."""
+    log: list[tuple[str, str]] = []
+    main, side = FakeStream("main", log), FakeStream("side", log)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    monkeypatch.setattr(kernels, "_side_stream", lambda device: side)
+    x = torch.zeros(1).as_subclass(OnGpu)
+    with kernels.one_step():
+        with kernels.aside(x):
+            assert log == [("side", "main")]
+            assert not kernels.overlap(x)["OVERLAP"]
+        assert kernels.overlap(x)["OVERLAP"]
+        assert log == [("side", "main")]
+        with kernels.aside(torch.zeros(1)):
+            assert len(log) == 1
+    assert log == [("side", "main"), ("main", "side")]
+    with kernels.aside(x):
+        assert kernels.overlap(x)["OVERLAP"]
+    assert len(log) == 2
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(("D", "R"), [(112, 56), (20, 3), (16, 0)])
-@pytest.mark.parametrize(("group", "whole"), [(1, True), (1, False), (2, True), (4, True)])
+@pytest.mark.parametrize(
+    ("group", "tile"), [(1, None), (1, "WIDE"), (1, "THIN"), (1, "SLIM"), (2, None), (4, None)]
+)
 def test_attention_step_in_a_ring(
-    D: int, R: int, group: int, whole: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    D: int,
+    R: int,
+    group: int,
+    tile: str | None,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if not whole:
+    """Whole windows, and tiles of them, as few programs read them and as many do."""
+    if tile is not None:
         monkeypatch.setattr(attention, "MOST_WHOLE", 0)
+    if tile in ("THIN", "SLIM"):
+        monkeypatch.setattr(attention, "FEW", 0)
+        monkeypatch.setattr(attention, "_tile_of", lambda *_: getattr(attention, tile))
     rows, heads, slots = 2, 4, 3
     frequencies = inverse_frequencies(D, 2 * R / D).to(DEVICE)
     assert len(frequencies) == R
@@ -193,6 +241,15 @@ def test_attention_step_in_a_ring(
         close(got, want[:, 0], TOLERANCE[dtype])
         close(keys[:, step % slots], history[-1][0][:, 0], TOLERANCE[dtype])
         seen += 1
+
+
+def test_tiles_of_windows() -> None:
+    """Slots of a tile, of based-360m and based-1.3b at 32 to 1,024 rows of 16 heads."""
+    for rows, short, long in ((32, 32, 32), (64, 32, 16), (128, 16, 8), (256, 8, 8), (1024, 8, 4)):
+        for width, size in ((64, short), (128, long)):
+            assert attention._tile_of(16 * rows, 129, width)["BLOCK_S"] == size
+            # A long cache's are the same for all.
+            assert attention._tile_of(16 * rows, 4096, width) == attention.TILE
 
 
 @pytest.mark.parametrize("group", [1, 3])
@@ -245,6 +302,18 @@ def test_add_rms_norm(parts: tuple[int, ...] | None, dtype: torch.dtype) -> None
     close(got[0], want[0], 1e-7)
     close(got[1], want[1], TOLERANCE[dtype])
     assert got[1].dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("channels", "width"), [(1792, 64), (48, 16), (64, 64)])
+def test_a_norm_undivided(channels: int, width: int, dtype: torch.dtype) -> None:
+    x, weight = draw(3, channels), draw(channels, dtype=dtype)
+    want = elementwise.scale_with_squares(x.double(), weight.double(), width)
+    got = elementwise_decode.scale_with_squares_kernel(x, weight, width)
+    close(got[0], want[0], TOLERANCE[dtype])
+    close(got[1], want[1], 1e-6)
+    assert got[0].dtype == dtype
+    assert got[1].is_contiguous()
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -20,6 +20,8 @@ OVERLAP, MOST_ROWS_OVERLAPPED = True, 128
 HOPPER = True
 # Bytes of shared memory that no kernel takes.
 ENOUGH = 1 << 20
+# Whether what a step may leave to a stream of its own goes there.
+ASIDE = True
 _thread = threading.local()
 
 
@@ -56,17 +58,50 @@ def shared_memory(device: torch.device) -> int:
 def one_step() -> Iterator[None]:
     """A decode step, which begins with an ordinary launch and touches every state once.
 
-    Within, this thread's kernels may read their state while the one before them still runs.
+    Within, this thread's kernels may read their state while the one before them still runs. What
+    runs aside has ended when the step has.
     """
-    before, _thread.in_step = _in_step(), True
+    before, _thread.step = _step(), []
     try:
         yield
     finally:
-        _thread.in_step = before
+        for stream in {stream for stream, _ in _thread.step}:
+            torch.cuda.current_stream(stream.device).wait_stream(stream)
+        _thread.step = before
 
 
-def _in_step() -> bool:
-    return getattr(_thread, "in_step", False)
+def _step() -> list | None:
+    """Streams with what runs aside, and what must outlive it; None outside of a step."""
+    return getattr(_thread, "step", None)
+
+
+@contextmanager
+def aside(lent: Tensor) -> Iterator[None]:
+    """What is launched within comes after all before it, and runs beside what follows in the step.
+
+    `lent`, a number a row, is what it reads besides a state: its memory is kept until the step
+    ends. Of more rows than overlap, outside of a step, or without a GPU it takes its turn.
+    """
+    step, few = _step(), len(lent) <= MOST_ROWS_OVERLAPPED
+    able = ASIDE and few and lent.is_cuda and not torch.compiler.is_compiling()
+    if step is None or not able:
+        yield
+        return
+    stream = _side_stream(lent.device)
+    stream.wait_stream(torch.cuda.current_stream(lent.device))
+    step.append((stream, lent))
+    _thread.aside = True
+    try:
+        with torch.cuda.stream(stream):
+            yield
+    finally:
+        _thread.aside = False
+
+
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """This thread's, since another one may be capturing."""
+    streams = _thread.__dict__.setdefault("streams", {})
+    return streams.get(device) or streams.setdefault(device, torch.cuda.Stream(device))
 
 
 def overlap(x: Tensor, *, reads_state: bool = False) -> dict[str, bool]:
@@ -78,7 +113,9 @@ def overlap(x: Tensor, *, reads_state: bool = False) -> dict[str, bool]:
     """
     able = OVERLAP and x.is_cuda and x.shape[0] <= MOST_ROWS_OVERLAPPED
     able = able and not torch.compiler.is_compiling()
-    able = able and (_in_step() or not reads_state)
+    able = able and (_step() is not None or not reads_state)
+    # What starts beside a step's next kernel has waited for all that it needs.
+    able = able and not getattr(_thread, "aside", False)
     if able and torch.cuda.get_device_capability(x.device)[0] >= 9:
         return {"OVERLAP": True, "launch_pdl": True}
     return {"OVERLAP": False}

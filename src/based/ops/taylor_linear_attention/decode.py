@@ -6,8 +6,9 @@ With a ring of recent keys and values (the deferred step) the state is only read
 ring is added as the exact quadratic form. A ring that is full is folded into its state:
 where heads are few by the program that has read the state, whose end is all that the next
 kernel waits for; where they are many by a second kernel (`fold.py`), since registers of the
-first decide how many programs share a multiprocessor. Each sequence fills its ring in its
-own time, so that every step of a batch is the same launches.
+first decide how many programs share a multiprocessor. In a step that runs beside what follows,
+by when tokens seen are counted: so the first kernel writes down which places it has filled. Each
+sequence fills its ring in its own time, so that every step of a batch is the same launches.
 """
 
 from typing import no_type_check
@@ -18,7 +19,7 @@ import triton.language as tl
 from jaxtyping import Float, Int, Int16
 from torch import Tensor
 
-from based.ops.kernels import overlap
+from based.ops.kernels import aside, overlap
 from based.ops.overlap import let_next_start, only_wait
 from based.ops.taylor_linear_attention.fold import (
     TILE_FEATURES,
@@ -194,6 +195,7 @@ def _taylor_step_kernel(
     ring_k_ptr,
     ring_v_ptr,
     seen_ptr,
+    place_ptr,
     out_ptr,
     q_stride,
     k_stride,
@@ -204,6 +206,7 @@ def _taylor_step_kernel(
     V: tl.constexpr,
     F: tl.constexpr,
     RING: tl.constexpr,
+    APART: tl.constexpr,
     FOLDED: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -214,6 +217,7 @@ def _taylor_step_kernel(
 ):
     """With FOLDED features at a time, a program folds the ring that it has filled.
 
+    APART from it, that is done by whoever reads the places of the newest tokens.
     Without STAGES the state is on its way before the kernel waits.
     """
     row, head, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
@@ -249,6 +253,8 @@ def _taylor_step_kernel(
         tl.store(values + place * H * V + column, newest, mask=inside)
         if part == 0:
             tl.store(keys + place * H * K + lane, key, mask=held)
+        if APART:
+            tl.store(place_ptr + row, place, mask=(head == 0) & (part == 0))
         s = tl.sum(query[None, :] * past, axis=1) * SCALE
         a = tl.where(older, 1.0 + s + 0.5 * s * s, 0.0)
         s = tl.sum(query * key.to(tl.float32)) * SCALE
@@ -290,9 +296,10 @@ def taylor_step_kernel(
     out = torch.empty((B, H, V), dtype=v.dtype, device=v.device)
     ring = 0 if recent_keys is None else recent_keys.shape[1]
     whole = triton.next_power_of_2(V)
-    sizes = {"H": H, "K": K, "V": V, "F": F, "RING": ring}
     wide, long = padded(V), padded(ring)
     apart = ring > 0 and B * H >= MANY
+    sizes = {"H": H, "K": K, "V": V, "F": F, "RING": ring, "APART": apart}
+    places = torch.empty(B if apart else 1, dtype=torch.int32, device=q.device)
     if not ring:
         tiles = {**WRITE, "BLOCK_V": whole, "BLOCK_R": 1, "FOLDED": 0}
     elif apart:
@@ -312,6 +319,7 @@ def taylor_step_kernel(
         k if recent_keys is None else recent_keys,
         v if recent_values is None else recent_values,
         k if seen is None else seen,
+        places,
         out,
         q.stride(0),
         k.stride(0),
@@ -323,5 +331,6 @@ def taylor_step_kernel(
         **tiles,
     )
     if apart:
-        fold_full_rings(numerator, denominator, recent_keys, recent_values, seen)
+        with aside(places):
+            fold_full_rings(numerator, denominator, recent_keys, recent_values, places)
     return out

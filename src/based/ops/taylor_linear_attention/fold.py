@@ -8,7 +8,7 @@ from typing import no_type_check
 
 import triton
 import triton.language as tl
-from jaxtyping import Float, Int, Int16
+from jaxtyping import Float, Int16, Int32
 from torch import Tensor
 
 from based.ops.kernels import overlap
@@ -133,7 +133,7 @@ def _fold_kernel(
     denominator_ptr,
     ring_k_ptr,
     ring_v_ptr,
-    seen_ptr,
+    place_ptr,
     rows,
     H: tl.constexpr,
     K: tl.constexpr,
@@ -151,8 +151,7 @@ def _fold_kernel(
     TILES: tl.constexpr = (F + BLOCK_F - 1) // BLOCK_F * PARTS
     index = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
     wait_for_previous(OVERLAP)
-    place = tl.load(seen_ptr + index, mask=index < rows, other=0) % RING
-    full = (place == RING - 1) & (index < rows)
+    full = tl.load(place_ptr + index, mask=index < rows, other=0) == RING - 1
     order = tl.where(full, tl.cumsum(full.to(tl.int32), 0), 0)
     items = tl.sum(full.to(tl.int32)) * (H * TILES)
     # Loading ahead costs the registers that other programs would have.
@@ -179,9 +178,9 @@ def fold_full_rings(
     denominator: Float[Tensor, "B H F"],
     recent_keys: Float[Tensor, "B R H K"],
     recent_values: Float[Tensor, "B R H V"],
-    seen: Int[Tensor, " B"],
+    places: Int32[Tensor, " B"],
 ) -> None:
-    """Adds the rings of rows whose token `seen` is a ring's last to their states, in place."""
+    """Adds rings whose newest token took the last place to their rows' states, in place."""
     (B, H, F), V, K = denominator.shape, recent_values.shape[3], recent_keys.shape[3]
     width = min(TILE_VALUES, padded(V))
     items = B * H * triton.cdiv(F, TILE_FEATURES) * triton.cdiv(V, width)
@@ -190,7 +189,7 @@ def fold_full_rings(
         denominator,
         recent_keys,
         recent_values,
-        seen,
+        places,
         B,
         H=H,
         K=K,
@@ -201,6 +200,6 @@ def fold_full_rings(
         BLOCK_V=width,
         BLOCK_R=padded(recent_keys.shape[1]),
         BLOCK_B=min(MOST_ROWS, triton.next_power_of_2(B)),
-        **overlap(seen),
+        **overlap(places),
         **LAUNCH,
     )

@@ -101,7 +101,9 @@ def aside(lent: Tensor) -> Iterator[None]:
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
     """This thread's, since another one may be capturing."""
     streams = _thread.__dict__.setdefault("streams", {})
-    return streams.get(device) or streams.setdefault(device, torch.cuda.Stream(device))
+    if device not in streams:
+        streams[device] = torch.cuda.Stream(device)
+    return streams[device]
 
 
 def overlap(x: Tensor, *, reads_state: bool = False) -> dict[str, bool]:

@@ -38,11 +38,12 @@ def normed(residual: Residual) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B C
     """x + branch, and its norm."""
     x, branch, weight, eps = residual
     bias = None
-    if isinstance(branch, Projected) and shares_norm(residual):
-        # Whoever divides reads the sum itself, which is rounded once less.
-        (x, _), branch = undivided(residual), None
     if isinstance(branch, Projected):
-        branch, bias = product(branch)
+        if shares_norm(residual):
+            # Whoever divides reads the sum itself, which is rounded once less.
+            (x, _), branch = undivided(residual), None
+        else:
+            branch, bias = product(branch)
     return add_rms_norm(x, branch, weight, eps, bias)
 
 
@@ -53,8 +54,8 @@ def shares_norm(residual: Residual, *layers: nn.Module) -> bool:
         layers = branch.layer, *layers
     elif branch is not None:
         return False
-    few = use_kernels(x) and x.shape[0] <= MOST_ROWS_IN_TILES and all(map(plain, layers))
-    return few and hopper.takes(gain, *(y for y in layers if isinstance(y, nn.Linear)))
+    linear_layers = [y for y in layers if isinstance(y, nn.Linear)]
+    return _few(x) and all(map(plain, layers)) and hopper.takes(gain, *linear_layers)
 
 
 def undivided(residual: Residual) -> tuple[Float[Tensor, "B C"], hopper.Scaled]:
@@ -91,5 +92,8 @@ def plain(layer: nn.Module) -> bool:
 
 def in_tiles(x: Tensor, layer: nn.Module) -> bool:
     """Whether kernels multiply so many rows in tiles."""
-    few = use_kernels(x) and x.element_size() == 2 and x.shape[0] <= MOST_ROWS_IN_TILES
-    return few and plain(layer)
+    return _few(x) and x.element_size() == 2 and plain(layer)
+
+
+def _few(x: Tensor) -> bool:
+    return use_kernels(x) and x.shape[0] <= MOST_ROWS_IN_TILES

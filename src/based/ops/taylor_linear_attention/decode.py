@@ -299,7 +299,7 @@ def taylor_step_kernel(
     wide, long = padded(V), padded(ring)
     apart = ring > 0 and B * H >= MANY
     sizes = {"H": H, "K": K, "V": V, "F": F, "RING": ring, "APART": apart}
-    places = torch.empty(B if apart else 1, dtype=torch.int32, device=q.device)
+    places = torch.empty(B, dtype=torch.int32, device=q.device) if apart else None
     if not ring:
         tiles = {**WRITE, "BLOCK_V": whole, "BLOCK_R": 1, "FOLDED": 0}
     elif apart:
@@ -315,11 +315,11 @@ def taylor_step_kernel(
         v,
         numerator,
         denominator,
-        # Without a ring these are not read.
+        # Without a ring, or a fold apart, these are not touched.
         k if recent_keys is None else recent_keys,
         v if recent_values is None else recent_values,
         k if seen is None else seen,
-        places,
+        k if places is None else places,
         out,
         q.stride(0),
         k.stride(0),
@@ -330,7 +330,7 @@ def taylor_step_kernel(
         **overlap(q, reads_state=ring > 0),
         **tiles,
     )
-    if apart:
+    if places is not None:
         with aside(places):
             fold_full_rings(numerator, denominator, recent_keys, recent_values, places)
     return out

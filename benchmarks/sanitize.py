@@ -5,8 +5,9 @@
     python -m benchmarks.sanitize hopper --here                # a part, watched by nothing
 
 Parts are `hopper` (Taylor linear attention in CUDA C++), `taylor-K` (in Triton, with that
-feature_dim), `mixers` and `decoding`. Every tensor is an allocation of its own, so that a step
-past its end is seen. Tests compare numbers; here only NaNs end the run.
+feature_dim), `mixers`, `decoding`, and `products` (decode steps, projections in CUDA C++).
+Every tensor is an allocation of its own, so that a step past its end is seen. Tests compare
+numbers; here only NaNs end the run.
 
 Triton has each thread that holds a sum write it to shared memory, where copies differ in
 their last bit: racecheck reports these (triton-lang/triton issue 7264). Writes of one
@@ -64,7 +65,10 @@ PLAINLY = {"DISABLE_PTXAS_OPT": "1", "TRITON_DISABLE_LINE_INFO": "1"}
 # CU_LIMIT_STACK_SIZE, and bytes: by default the calls that a tool adds can leave the stack.
 STACK = 0, 16384
 TOOLS = ("memcheck", "initcheck", "racecheck", "synccheck")
-PARTS = ("hopper", "taylor-8", "taylor-16", "taylor-24", "taylor-32", "mixers", "decoding")
+PARTS = (
+    *("hopper", "taylor-8", "taylor-16", "taylor-24", "taylor-32"),
+    *("mixers", "decoding", "products"),
+)
 
 
 @dataclass(frozen=True)
@@ -125,7 +129,7 @@ def visible_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     return out if bias is None else out + bias
 
 
-def decoding() -> None:
+def decoding(sizes: tuple[int, ...], dtypes: tuple[torch.dtype, ...], feature_dim: int) -> None:
     """Every decode kernel, in steps of few rows and of more; graphs would need the cache."""
     linear, window = "taylor_linear_attention", "sliding_window_attention"
     config = DecoderConfig(
@@ -134,20 +138,20 @@ def decoding() -> None:
         intermediate_size=128,
         mixers=("gated_convolution", linear, window, "softmax_attention"),
         mixer_options={
-            linear: {"num_heads": 4, "feature_dim": 8},
+            linear: {"num_heads": 4, "feature_dim": feature_dim},
             window: {"num_heads": 4, "window": 5},
             "softmax_attention": {"num_heads": 2, "num_kv_heads": 1},
         },
     )
     many = taylor_decode.MANY
-    for rows, limit, dtype in product((1, 3, 7), (many, 0), (torch.float32, torch.bfloat16)):
+    for rows, limit, dtype in product(sizes, (many, 0), dtypes):
         taylor_decode.MANY = limit
         model = Decoder(config).to(DEVICE, dtype)
         state = model.init_state(rows, 64, recent=3)
         step = DecodeStep(model, state, [rows], model.step, graphs=False)
         samplings = [Sampling(0.0), Sampling(top_k=7, top_p=0.9, seed=1), *[Sampling()] * rows]
         options = sampling_rows(samplings[:rows], [0] * rows, config.vocab_size, step.tokens.device)
-        step.set_rows(range(rows), torch.arange(rows, device=DEVICE), options)
+        step.set_rows(range(rows), torch.arange(rows, device=DEVICE) % config.vocab_size, options)
         found = [step.run(rows).logprobs.clone() for _ in range(9)]
         if torch.stack(found).isnan().any():
             raise SystemExit(f"NaN in a step of {rows} rows in {dtype}")
@@ -174,14 +178,17 @@ def taylor_cases(*choices: tuple) -> None:
 def run_part(part: str) -> None:
     """The kernels of a part, once."""
     torch.manual_seed(0)
-    kernels.HOPPER = part == "hopper"
+    kernels.HOPPER = part in ("hopper", "products")
     if part == "hopper":
         taylor_cases((16,), (16, 64, 112), (torch.bfloat16,), (False, True))
     elif part == "mixers":
         mixers()
-    elif part == "decoding":
+    elif part in ("decoding", "products"):
         with mock.patch.object(torch.nn.functional, "linear", visible_linear):
-            decoding()
+            if part == "decoding":
+                decoding((1, 3, 7), (torch.float32, torch.bfloat16), 8)
+            else:
+                decoding((2, 33, 128), (torch.bfloat16,), 16)
     else:
         dtypes = torch.bfloat16, torch.float16, torch.float32
         taylor_cases((int(part.removeprefix("taylor-")),), (17, 64, 112), dtypes, (False, True))

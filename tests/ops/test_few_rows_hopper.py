@@ -268,19 +268,21 @@ def test_what_nothing_shares_is_projected_by_itself(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tiles", "channels", "rows", "want"),
-    [(28, 3584, 128, 4), (28, 1792, 5, 4), (16, 1024, 128, 4), (31, 1792, 5, 2), (80, 1024, 5, 1)],
+    ("tiles", "channels", "want"),
+    [
+        *((28, 3584, 4), (28, 1792, 4), (16, 1024, 4), (31, 1792, 2), (80, 1024, 1)),
+        *((112, 1792, 1), (64, 1024, 2), (36, 1792, 2), (36, 960, 1)),
+    ],
 )
-def test_parts_of_a_projection_back(tiles: int, channels: int, rows: int, want: int) -> None:
-    assert hopper._parts(tiles, channels, hopper.SEATS) == want
+def test_parts_fill_a_gpu_and_no_more(tiles: int, channels: int, want: int) -> None:
+    assert hopper._parts(tiles, channels) == want
 
 
-@pytest.mark.parametrize(
-    ("tiles", "channels", "rows", "want"),
-    [(112, 1792, 5, 1), (64, 1024, 32, 2), (64, 1024, 33, 1), (36, 1792, 128, 2), (36, 960, 5, 1)],
-)
-def test_parts_of_other_products(tiles: int, channels: int, rows: int, want: int) -> None:
-    assert hopper._parts(tiles, channels, hopper._seats(rows)) == want
+@pytest.mark.parametrize("block", [32, 64, 96, 128])
+@pytest.mark.parametrize("steps", [1, 8, 9, 56])
+def test_first_weights_leave_room_for_others(block: int, steps: int) -> None:
+    stages, first = hopper._stages(block, steps)
+    assert 0 < first < stages
 
 
 @with_nvcc

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 from based.ops import cuda, kernels
 
-# As in product.cuh: rows of W of a tile, channels of a step, warps that multiply; and steps in
-# flight: with more of them the first to come are late.
-OUTPUTS, LANES, WARPS, STAGES = 64, 64, 4, 8
+# As in product.cuh: rows of W of a tile, channels of a step, warps that multiply.
+OUTPUTS, LANES, WARPS = 64, 64, 4
 # Those that multiply and a warp that copies; another one finds the scales of a norm.
 THREADS = 32 * (WARPS + 1)
 # Parts of the channels, and how many programs in clusters of so many an H100 or H200 seats.
@@ -28,8 +27,6 @@ SEATS = {1: 132, 2: 132, 4: 120}
 EIGHTS = 32
 # Fewer are faster in kernels of few rows.
 FEWEST_ROWS = 2
-# Rows up to which parts fill the GPU; of more, adding up costs what programs beyond these bring.
-MOST_ROWS_SHARED, SHARE = 32, 88
 
 
 class Scaled(NamedTuple):
@@ -74,7 +71,7 @@ def project_back(
     All tensors are contiguous; `counter` is advanced by one.
     """
     (N, C), rows = weight.shape, x.shape[0]
-    parts, block = _parts(N // OUTPUTS, C, SEATS), _block(rows)
+    parts, block = _parts(N // OUTPUTS, C), _block(rows)
     run = _kernel("product_back", block, C, parts, 4 * WARPS * block // parts, x.device, N=N)
     total, scaled = torch.empty_like(residual), torch.empty_like(residual, dtype=gain.dtype)
     squares = torch.empty((N // OUTPUTS, rows), dtype=torch.float32, device=x.device)
@@ -99,7 +96,7 @@ def project_gated(
     """
     x, width = scaled.x, 0 if taps is None else taps.shape[1]
     (NN, C), rows = weight.shape, x.shape[0]
-    parts, block = _parts(NN // OUTPUTS, C, _seats(rows)), _block(rows)
+    parts, block = _parts(NN // OUTPUTS, C), _block(rows)
     scratch = 4 * block // parts
     run = _kernel("product_gated", block, C, parts, scratch, x.device, N=NN // 2, WIDTH=width)
     out = torch.empty((rows, NN // 2), dtype=x.dtype, device=x.device)
@@ -118,7 +115,7 @@ def project_side_by_side(
     x, sizes = scaled.x, [weight.shape[0] for weight in weights]
     C, rows, N = x.shape[1], x.shape[0], sum(sizes)
     second, third = (sum(sizes[:n]) if len(sizes) > n else N for n in (1, 2))
-    parts, block = _parts(N // OUTPUTS, C, _seats(rows)), _block(rows)
+    parts, block = _parts(N // OUTPUTS, C), _block(rows)
     constants = {"N": N, "SECOND": second, "THIRD": third}
     run = _kernel(
         "product_side_by_side", block, C, parts, 4 * block // parts, x.device, **constants
@@ -136,16 +133,20 @@ def _block(rows: int) -> int:
     return -(-rows // EIGHTS) * EIGHTS
 
 
-def _seats(rows: int) -> dict[int, int]:
-    if rows <= MOST_ROWS_SHARED:
-        return SEATS
-    return {parts: min(most, SHARE) for parts, most in SEATS.items()}
-
-
-def _parts(tiles: int, channels: int, seats: dict[int, int]) -> int:
+def _parts(tiles: int, channels: int) -> int:
     """Parts of the channels, as many as there is room for."""
-    fits = [p for p, most in seats.items() if channels % (p * LANES) == 0 and tiles * p <= most]
+    fits = [p for p, most in SEATS.items() if channels % (p * LANES) == 0 and tiles * p <= most]
     return max(fits, default=1)
+
+
+def _stages(block: int, steps: int) -> tuple[int, int]:
+    """Steps in flight, and of these those whose weights are asked for before x.
+
+    Weights that are on their way hold up x, the more the more rows of it there are.
+    """
+    if block > EIGHTS:
+        return 8, 4
+    return (12 if steps > 8 else 8), 6
 
 
 def _or_null(x: Tensor | None) -> Tensor | int:
@@ -177,9 +178,9 @@ def _kernel(
     device: torch.device,
     **constants: int,
 ) -> Callable[..., None]:
-    step = OUTPUTS * LANES * 2 + block * LANES * 2
+    step, (stages, _) = (OUTPUTS + block) * LANES * 2, _stages(block, channels // parts // LANES)
     sums = block * WARPS * 64 if parts > 1 else 0
-    shared = STAGES * step + sums + scratch + 8 * (2 * STAGES + 1) + 1023
+    shared = stages * step + sums + scratch + 8 * (2 * stages + 1) + 1023
     text = source(name, block, channels, parts, scratch, **constants)
     return cuda.compile_kernel(name, text, shared, device, parts)
 
@@ -187,6 +188,8 @@ def _kernel(
 def source(name: str, block: int, channels: int, parts: int, scratch: int, **constants: int) -> str:
     """The text of a kernel: `product_back`, `product_gated` or `product_side_by_side`."""
     files = [Path(__file__).with_name(file) for file in ("product.cuh", f"{name}.cu")]
-    shape = {"ROWS": block, "C": channels, "PARTS": parts, "STAGES": STAGES, "SCRATCH": scratch}
+    stages, first = _stages(block, channels // parts // LANES)
+    shape = {"ROWS": block, "C": channels, "PARTS": parts, "SCRATCH": scratch}
+    shape |= {"STAGES": stages, "FIRST": first}
     product = {"MULTIPLY": f"multiply_{block}"}
     return cuda.source_of(files, {**shape, **constants, **product}, (block,))

@@ -1,9 +1,10 @@
 // A product W x^T of up to 128 rows of x: a cluster has 64 of W's rows, its programs a part of the channels
 // each. They add up in each other's memory, and each finishes a part of x's rows. Weights are on their way
 // before the kernel before has ended.
-// Constants: ROWS, C, PARTS, STAGES, SCRATCH (bytes of the kernel's own); MULTIPLY is multiply_<ROWS>.
+// Constants: ROWS, C, PARTS, SCRATCH (bytes of the kernel's own), STAGES (steps in flight, and of these FIRST
+// whose weights come before x); MULTIPLY is multiply_<ROWS>.
 
-constexpr int LANES = 64, STEPS = C / PARTS / LANES, AHEAD = STAGES < STEPS ? STAGES : STEPS;
+constexpr int LANES = 64, STEPS = C / PARTS / LANES;
 // Warps that multiply, each with a block of 16 of W's rows; bytes of a step's weights, and of all of it.
 constexpr int WARPS = 4, OF_W = WARPS * 16 * 128, STEP = OF_W + ROWS * 128;
 // Rows that a program finishes, eights of them, and bytes of an eight from one part and of all from others.
@@ -23,6 +24,7 @@ struct Program {
         tile = blockIdx.x / PARTS, part = blockIdx.x % PARTS, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     }
     // One warp copies, and one may find scales.
+    __device__ __forceinline__ bool multiplies() const { return warp < WARPS; }
     __device__ __forceinline__ bool feeds() const { return warp == WARPS; }
     __device__ __forceinline__ bool scales() const { return warp > WARPS; }
     __device__ __forceinline__ void together() const { named_barrier(TOGETHER, WARPS * 32); }
@@ -32,7 +34,6 @@ struct Program {
         if (PARTS > 1) cluster_arrive();
     }
     __device__ __forceinline__ void begin() const {
-        ready();
         if (PARTS > 1) cluster_wait();
         wait_for_previous();
     }
@@ -51,36 +52,39 @@ struct Program {
         return __byte_perm(two, __shfl_xor_sync(~0u, two, 4), odd() ? 0x3276 : 0x5410);
     }
 
-    // Copies what the others multiply, W's rows from a block on; by one warp.
+    // Asks for a step's weights, W's rows from a block on, or for its x.
+    __device__ __forceinline__ void weights(const TensorMap& w, int block, int k, u64 policy) const {
+        if (k >= STEPS) return;
+        u32 slot = k % STAGES, barrier = full + 8 * slot;
+        expect(barrier, STEP);
+        copy_blocks(memory + slot * STEP, w, (part * STEPS + k) * LANES, block, barrier, policy);
+    }
+    __device__ __forceinline__ void inputs(const TensorMap& x, int k) const {
+        u32 slot = k % STAGES;
+        if (k < STEPS) copy_rows(memory + slot * STEP + OF_W, x, (part * STEPS + k) * LANES, 0, full + 8 * slot);
+    }
+    // The warp that copies asks for the first weights, before the kernel before has ended; then it copies what the
+    // others multiply. While many weights are on their way x takes longer to come.
+    __device__ __forceinline__ void start(const TensorMap& x, const TensorMap& w, int block) const {
+        if (!elected()) return;
+        for (int s = 0; s < STAGES; s++) start_barrier(full + 8 * s, 1), start_barrier(empty + 8 * s, WARPS);
+        start_barrier(sums, 1);
+        barriers_started();
+        for (int k = 0; k < FIRST; k++) weights(w, block, k, read_once());
+        expect(sums, OF_PARTS);
+        let_next_start();
+        prefetch_map(x);
+    }
     __device__ __forceinline__ void feed(const TensorMap& x, const TensorMap& w, int block) const {
-        int first = part * STEPS * LANES;
-        const u64 policy = read_once();
-        auto weights = [&](int k) {
-            u32 slot = k % STAGES, barrier = full + 8 * slot;
-            expect(barrier, STEP);
-            copy_blocks(memory + slot * STEP, w, first + k * LANES, block, barrier, policy);
-        };
-        auto inputs = [&](int k) {
-            u32 slot = k % STAGES;
-            copy_rows(memory + slot * STEP + OF_W, x, first + k * LANES, 0, full + 8 * slot);
-        };
-        if (elected()) {
-            for (int s = 0; s < STAGES; s++) start_barrier(full + 8 * s, 1), start_barrier(empty + 8 * s, WARPS);
-            start_barrier(sums, 1);
-            barriers_started();
-            for (int k = 0; k < AHEAD; k++) weights(k);
-            expect(sums, OF_PARTS);
-            let_next_start();
-            prefetch_map(x);
-        }
-        __syncwarp();
-        ready();
         if (elected()) {
             wait_for_previous();
-            for (int k = 0; k < AHEAD; k++) inputs(k);
-            for (int k = AHEAD; k < STEPS; k++) {
+            for (int k = 0; k < STAGES; k++) {
+                if (k >= FIRST) weights(w, block, k, read_once());
+                inputs(x, k);
+            }
+            for (int k = STAGES; k < STEPS; k++) {
                 await_barrier(empty + 8 * (k % STAGES), k / STAGES + 1 & 1);
-                weights(k), inputs(k);
+                weights(w, block, k, read_once()), inputs(x, k);
             }
         }
         __syncwarp();
@@ -89,19 +93,23 @@ struct Program {
 
     // Of a block lane l has rows l / 4 and 8 more, by rows 2 (l % 4) and 1 more of each eight of x's.
     __device__ __forceinline__ void multiply(float (&d)[ROWS / 2]) const {
+        // Numbers of slots would have to be worked out before each product.
+        u32 of_w = memory, barrier = full, done = 0, parity = 0;
 #pragma unroll 1
         for (int k = 0; k < STEPS; k++) {
-            u32 slot = k % STAGES, of_w = memory + slot * STEP, of_x = of_w + OF_W;
-            await_barrier(full + 8 * slot, k / STAGES & 1);
+            await_barrier(barrier, parity);
             settle(d);
             wgmma_fence();
 #pragma unroll
             for (int i = 0; i < 4; i++)
-                MULTIPLY(d, descriptor<1>(of_w + 32 * i, 16, 1024), descriptor<1>(of_x + 32 * i, 16, 1024), k > 0 || i > 0);
+                MULTIPLY(d, descriptor<1>(of_w + 32 * i, 16, 1024), descriptor<1>(of_w + OF_W + 32 * i, 16, 1024), k > 0 || i > 0);
             wgmma_commit();
-            if (k == 0) continue;
-            wgmma_wait<1>();
-            if (lane == 0) arrive(empty + 8 * ((k - 1) % STAGES));
+            if (k > 0) {
+                wgmma_wait<1>();
+                if (lane == 0) arrive(done);
+            }
+            done = barrier + 8 * STAGES, barrier += 8, of_w += STEP;
+            if (barrier == empty) barrier = full, of_w = memory, parity ^= 1;
         }
         wgmma_wait<0>();
         settle(d);

@@ -7,13 +7,18 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32, 1) product_back(
     const u16* gain, float* total, u16* scaled, float* squares, i64* counter, i64 rows) {
     extern __shared__ unsigned char memory[];
     const Program program(address(memory));
-    if (program.feeds()) return program.feed(x, w, program.tile * WARPS);
+    if (program.feeds()) program.start(x, w, program.tile * WARPS);
     // Two neighbouring outputs, by two rows of each eight.
     int n = (program.tile * WARPS + program.warp) * 16 + program.lane / 4 * 2, real = (int)rows - program.row();
     i64 first = (i64)program.row() * N + n;
-    u32 gains[2] = {gain[n], gain[n + 1]}, shift[2] = {};
+    u32 gains[2] = {}, shift[2] = {};
     float2_ kept[EIGHTS][2];
-    if (bias) shift[0] = bias[n], shift[1] = bias[n + 1];
+    if (program.multiplies()) {
+        gains[0] = gain[n], gains[1] = gain[n + 1];
+        if (bias) shift[0] = bias[n], shift[1] = bias[n + 1];
+    }
+    program.ready();
+    if (program.feeds()) return program.feed(x, w, program.tile * WARPS);
     program.begin();
     if (counter && blockIdx.x == 0 && threadIdx.x < rows) count(counter + threadIdx.x);
 #pragma unroll

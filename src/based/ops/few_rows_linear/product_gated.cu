@@ -14,20 +14,24 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 64, 1) product_gated(
     const u16* taps, u16* past, u16* out, float eps, i64 rows) {
     extern __shared__ unsigned char memory[];
     const Program program(address(memory));
-    if (program.feeds()) return program.feed(x, w, program.tile * WARPS);
-    if (program.scales()) return program.find_scales(squares, eps, rows);
+    if (program.feeds()) program.start(x, w, program.tile * WARPS);
     int block = (program.tile * WARPS + program.warp) * 8, n = block + program.pair(), of = block + program.lane / 4;
     int row = program.row() + program.odd();
     const u32* held = (const u32*)(past + (i64)row * OLDER * N + n);
     u32 shift[2] = {}, tap[WIDTH > 0 ? 2 * WIDTH : 1], older[EIGHTS][SLOTS];
     float y[EIGHTS][4];
-    if (bias) shift[0] = bias[of], shift[1] = bias[N + of];
+    if (program.multiplies()) {
+        if (bias) shift[0] = bias[of], shift[1] = bias[N + of];
 #pragma unroll
-    for (int t = 0; t < 2 * WIDTH; t++) tap[t] = taps[n * WIDTH + t];
+        for (int t = 0; t < 2 * WIDTH; t++) tap[t] = taps[n * WIDTH + t];
 #pragma unroll
-    for (int i = 0; i < EIGHTS; i++)
+        for (int i = 0; i < EIGHTS; i++)
 #pragma unroll
-        for (int s = 0; s < OLDER; s++) older[i][s] = row + 8 * i < rows ? held[(8 * i * OLDER + s) * N / 2] : 0;
+            for (int s = 0; s < OLDER; s++) older[i][s] = row + 8 * i < rows ? held[(8 * i * OLDER + s) * N / 2] : 0;
+    }
+    program.ready();
+    if (program.feeds()) return program.feed(x, w, program.tile * WARPS);
+    if (program.scales()) return program.find_scales(squares, eps, rows);
     program.multiply_normed(squares, eps, rows, shift, y);
     if (WIDTH > 0) settle(tap);
     // All shuffles together (the compiler would keep none that it can put off), so that none waits for a silu.

@@ -8,17 +8,18 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 64, 1) product_side_by
     extern __shared__ unsigned char memory[];
     const Program program(address(memory));
     int tile = program.tile, at = tile * 64;
-    if (program.scales()) return program.find_scales(squares, eps, rows);
-    if (program.feeds()) {
-        if (at < SECOND) return program.feed(x, first, tile * WARPS);
-        return at < THIRD ? program.feed(x, second, (at - SECOND) / 16) : program.feed(x, third, (at - THIRD) / 16);
-    }
+    const TensorMap& w = at < SECOND ? first : at < THIRD ? second : third;
+    const int block = (at - (at < SECOND ? 0 : at < THIRD ? SECOND : THIRD)) / 16;
+    if (program.feeds()) program.start(x, w, block);
     // Two neighbouring outputs, by two rows of each eight.
     int n = at + program.warp * 16 + program.lane / 4 * 2, real = (int)rows - program.row();
     u16* to = out + (i64)program.row() * N + n;
     u32 shift[2] = {};
     float y[EIGHTS][4];
-    if (bias) shift[0] = bias[n], shift[1] = bias[n + 1];
+    if (program.multiplies() && bias) shift[0] = bias[n], shift[1] = bias[n + 1];
+    program.ready();
+    if (program.feeds()) return program.feed(x, w, block);
+    if (program.scales()) return program.find_scales(squares, eps, rows);
     program.multiply_normed(squares, eps, rows, shift, y);
 #pragma unroll
     for (int i = 0; i < EIGHTS; i++)

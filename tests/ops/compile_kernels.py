@@ -178,6 +178,7 @@ def decode() -> None:
     from based.ops.selective_scan.decode import scan_step_kernel
     from based.ops.sliding_window_attention.decode import attention_step_kernel
     from based.ops.taylor_linear_attention.decode import taylor_step_kernel
+    from based.ops.token_sampling import Outbox
     from based.ops.token_sampling.decode import sample_tokens_kernel
 
     H, V = 16, 112
@@ -198,7 +199,9 @@ def decode() -> None:
             cache, q = empty(rows, slots, H, V, dtype=dtype), empty(rows, group * H, V)
             attention_step_kernel(q, heads, heads, cache, cache, seen, turns)
         options = (empty(rows, dtype=F32), seen, empty(rows, dtype=F32), seen, seen, seen)
-        sample_tokens_kernel(empty(rows, 50264), *options, empty(rows, dtype=torch.float64))
+        sampled = empty(rows, 50264), *options, empty(rows, dtype=torch.float64)
+        sample_tokens_kernel(*sampled)
+        sample_tokens_kernel(*sampled, Outbox(rows, torch.device("cpu")))
         x = empty(rows, 3584)
         convolution_step_kernel(x, x, empty(3584, 3), empty(rows, 2, 3584))
         step, scale = empty(3584, 16, dtype=F32), empty(3584, dtype=F32)

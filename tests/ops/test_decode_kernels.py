@@ -20,6 +20,7 @@ from based.ops.taylor_linear_attention import fold, halves
 from based.ops.taylor_linear_attention.decode import taylor_step_kernel
 from based.ops.taylor_linear_attention.features import key_features
 from based.ops.taylor_linear_attention.reference import taylor_linear_attention_reference
+from based.ops.token_sampling import Outbox, SamplingRows, sample_tokens
 from based.ops.token_sampling import decode as sampling
 from based.ops.token_sampling.decode import sample_tokens_kernel
 from based.ops.token_sampling.reference import sample_tokens_reference
@@ -349,6 +350,27 @@ def test_sampling_draws_the_reference_s_tokens(
     assert got.tolist() == want.tolist()
     assert logprobs.isnan().tolist() == [row in (2, 3, 5) for row in range(rows)]
     torch.testing.assert_close(logprobs, want_logprobs, equal_nan=True)
+
+
+def test_what_is_drawn_waits_on_the_host_for_two_steps() -> None:
+    """Whatever numbers of rows follow each other; an outbox that is gone leaves its memory."""
+    outbox, vocab, before = Outbox(6, DEVICE), 40, None
+    for number, size in enumerate((3, 6, 1, 6, 6, 2, 2, 5)):
+        logits = draw(size, vocab, dtype=torch.float32)
+        count = torch.full((size,), number, device=DEVICE)
+        real, whole = torch.ones(size, device=DEVICE), torch.full_like(count, vocab)
+        rows = SamplingRows(real, whole, real, count, count.clone())
+        drawn = sample_tokens(logits, rows, outbox=outbox)
+        outbox.count_step()
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+        assert torch.equal(outbox.last().first(size).bits, drawn.bits.cpu())
+        if before is not None:
+            assert torch.equal(*before)
+        before = outbox.last().first(size).bits, drawn.bits.cpu()
+    kept = outbox.bits.data_ptr()
+    del outbox, before
+    assert Outbox(6, DEVICE).bits.data_ptr() == kept
 
 
 def test_the_engine_on_kernels_draws_what_the_reference_draws() -> None:

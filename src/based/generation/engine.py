@@ -27,7 +27,7 @@ from based.generation.step import DecodeStep, Report, step_sizes
 from based.generation.text import TextStream
 from based.models import Decoder, DecoderState
 from based.ops.kernels import use_kernels
-from based.ops.token_sampling import SamplingRows, sample_tokens
+from based.ops.token_sampling import Drawn, SamplingRows, sample_tokens
 
 
 class Engine:
@@ -266,7 +266,7 @@ class Engine:
         drawn = sample_tokens(self.model.logits(hidden), options)
         self.pool.load(rows, state)
         self._decode.set_rows(rows, drawn.tokens, options)
-        self._reports.append(Report(drawn, dict(enumerate(group))))
+        self._report(drawn.to_host(), dict(enumerate(group)))
         self._running |= zip(rows, group, strict=True)
         self._count_draw(rows)
 
@@ -277,9 +277,13 @@ class Engine:
     def _launch(self) -> None:
         """One decode step, over the smallest batch size that holds all rows in use."""
         size = self._compact()
-        self._reports.append(Report(self._decode.run(size), dict(self._running)))
+        self._decode.run(size)
+        self._report(self._decode.on_host(), dict(self._running))
         self._scheduler.count_decode_step()
         self._count_draw(list(self._running))
+
+    def _report(self, on_host: Drawn, owners: dict[int, Generation]) -> None:
+        self._reports.append(Report(on_host, owners, self.model.device))
 
     def _count_draw(self, rows: list[int]) -> None:
         """Each of these rows has had a draw; after its last one it is free."""

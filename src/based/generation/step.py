@@ -2,7 +2,7 @@
 
 On a GPU each batch size is captured once as a CUDA graph and replayed; elsewhere
 the same function runs as it is. Nothing in a step waits for the device: tokens stay
-there as the next step's input, and a copy reaches the host later (`Report`).
+there as the next step's input, and reach the host later (`Report`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from based.errors import BasedError
 from based.generation.request import Generation
 from based.generation.sampling import to_device
 from based.models import Decoder, DecoderState
-from based.ops.token_sampling import Drawn, SamplingRows, sample_tokens
+from based.ops.token_sampling import Drawn, Outbox, SamplingRows, sample_tokens
 
 # Largest difference between a step's logits and the parallel form's, relative to the latter.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}
@@ -41,6 +41,8 @@ class DecodeStep:
         self._views = {size: state.narrow(0, size) for size in self.sizes}
         self.drawn = Drawn.empty(slots, device)
         self.tokens = self.drawn.tokens
+        # Captured steps follow each other at once; those that are not may as well copy.
+        self._outbox = Outbox(slots, device) if graphs else None
         whole = torch.zeros(slots, dtype=torch.long, device=device)
         real = torch.zeros(slots, device=device)
         self.rows = SamplingRows(real, whole, real.clone(), whole.clone(), whole.clone())
@@ -55,13 +57,19 @@ class DecodeStep:
             self._graphs[size].replay()
         else:
             self._run(size)
+        if self._outbox is not None:
+            self._outbox.count_step()
         return self.drawn
+
+    def on_host(self) -> Drawn:
+        """What the last step draws, until the step after the next; there is a `Report` of when."""
+        return self.drawn.to_host() if self._outbox is None else self._outbox.last()
 
     @torch.no_grad()
     def _run(self, size: int) -> None:
         drawn = self.drawn.first(size)
         self._logits[size] = logits = self._step(drawn.tokens, self._views[size])
-        sample_tokens(logits, self.rows.first(size), drawn)
+        sample_tokens(logits, self.rows.first(size), drawn, self._outbox)
 
     def _capture(self) -> None:
         """Captures every size, the largest first, so that all share its memory."""
@@ -79,6 +87,8 @@ class DecodeStep:
                 self._run(size)
             memory = memory or graph.pool()
             self._graphs[size] = graph
+        if self._outbox is not None:
+            self._outbox.restart()
 
     def set_rows(
         self, rows: Sequence[int], tokens: Int[Tensor, " N"], options: SamplingRows
@@ -123,27 +133,19 @@ class DecodeStep:
 class Report:
     """Tokens and log-probabilities on their way to the host, and whose they are."""
 
-    def __init__(self, drawn: Drawn, owners: dict[int, Generation]) -> None:
-        self._owners, self._arrived = owners, None
-        self._drawn = Drawn(to_host(drawn.bits))
-        if drawn.bits.is_cuda:
+    def __init__(self, on_host: Drawn, owners: dict[int, Generation], device: torch.device) -> None:
+        self._drawn, self._owners, self._arrived = on_host, owners, None
+        if device.type == "cuda":
             self._arrived = torch.cuda.Event()
             self._arrived.record()
 
     def collect(self) -> list[tuple[Generation, int, float]]:
-        """Waits for the copy; each owner with its token and log-probability."""
+        """Waits for the device; each owner with its token and log-probability."""
         if self._arrived is not None:
             self._arrived.synchronize()
         drawn = self._drawn.first(1 + max(self._owners, default=-1))
         tokens, logprobs = drawn.tokens.tolist(), drawn.logprobs.tolist()
         return [(owner, tokens[row], logprobs[row]) for row, owner in self._owners.items()]
-
-
-def to_host(x: Tensor) -> Tensor:
-    """A copy on the host; of a GPU's tensor it is there only when the stream has come so far."""
-    if not x.is_cuda:
-        return x.clone()
-    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
 
 
 def step_sizes(slots: int, wanted: Sequence[int] | None) -> list[int]:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from based.ops.kernels import overlap
 from based.ops.overlap import wait_for_previous
+from based.ops.token_sampling.drawn import Outbox
 
 BLOCK = 4096
 # Loads of later blocks are on their way while one is worked on.
@@ -149,8 +150,12 @@ def _sample_kernel(
     position_ptr,
     tokens_ptr,
     logprobs_ptr,
+    posted_tokens_ptr,
+    posted_logprobs_ptr,
+    turns_ptr,
     vocab: tl.constexpr,
     stride: tl.constexpr,
+    POSTED: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -213,9 +218,20 @@ def _sample_kernel(
         token = tl.where(hit < vocab, hit, last)
     token = tl.where(bad > 0, 0, token)
     logprob = tl.load(logits + token).to(tl.float32) - peak - tl.log(total)
+    logprob = tl.where(bad > 0, float("nan"), logprob)
     tl.store(position_ptr + row, position + 1)
     tl.store(tokens_ptr + row, token.to(tl.int64))
-    tl.store(logprobs_ptr + row, tl.where(bad > 0, float("nan"), logprob))
+    tl.store(logprobs_ptr + row, logprob)
+    if POSTED > 0:
+        turn = tl.load(turns_ptr + row)
+        tl.store(posted_tokens_ptr + turn * 2 * POSTED + row, token.to(tl.int64))
+        tl.store(posted_logprobs_ptr + turn * 2 * POSTED + row, logprob)
+        tl.store(turns_ptr + row, 1 - turn)
+        if row == 0:
+            # Rows that are not in this step keep pace.
+            for first in range(tl.num_programs(0), POSTED, BLOCK):
+                rows = first + tl.arange(0, BLOCK)
+                tl.store(turns_ptr + rows, 1 - turn, mask=rows < POSTED)
 
 
 def sample_tokens_kernel(
@@ -227,9 +243,10 @@ def sample_tokens_kernel(
     position: Int[Tensor, " B"],
     tokens: Int[Tensor, " B"],
     logprobs: Float[Tensor, " B"],
+    outbox: Outbox | None = None,
     block: int = BLOCK,
 ) -> None:
-    """As `sample_tokens_reference`, in float32, into `tokens` and `logprobs`.
+    """As `sample_tokens_reference`, in float32, into `tokens` and `logprobs`, and `outbox`.
 
     Advances `position`. `logits` has contiguous rows.
     """
@@ -237,6 +254,7 @@ def sample_tokens_kernel(
     # Constants, so that rows are known to be aligned.
     sizes = {"vocab": vocab, "stride": logits.stride(0)}
     parts = PARTS if rows <= FEW else 1
+    posted = (tokens, logprobs, position) if outbox is None else outbox.columns()
     scanned = logits
     if parts > 1:
         scanned = logits.new_empty((rows, parts, 4), dtype=torch.float32)
@@ -262,6 +280,8 @@ def sample_tokens_kernel(
         position,
         tokens,
         logprobs,
+        *posted,
+        POSTED=0 if outbox is None else len(outbox.turns),
         PARTS=parts,
         BLOCK=block,
         **sizes,

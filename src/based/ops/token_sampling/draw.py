@@ -1,13 +1,12 @@
 """One entry for all devices: the kernel on a GPU, the sorted reference elsewhere."""
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
-from jaxtyping import Float, Float64, Int, Int64
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from based.ops.kernels import use_kernels
+from based.ops.token_sampling.drawn import Drawn, Outbox
 from based.ops.token_sampling.reference import sample_tokens_reference
 
 
@@ -30,48 +29,22 @@ class SamplingRows(NamedTuple):
         return SamplingRows(*(tensor[:rows] for tensor in self))
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """A token id a row, and its log-probability: NaN where the logits were not finite.
-
-    Both are views of `bits`, which one copy takes to the host.
-    """
-
-    bits: Int64[Tensor, "2 B"]
-
-    @staticmethod
-    def empty(rows: int, device: torch.device) -> "Drawn":
-        """Room for so many rows."""
-        return Drawn(torch.zeros(2, rows, dtype=torch.long, device=device))
-
-    @property
-    def tokens(self) -> Int64[Tensor, " B"]:
-        """Ids."""
-        return self.bits[0]
-
-    @property
-    def logprobs(self) -> Float64[Tensor, " B"]:
-        """Natural logarithms."""
-        return self.bits[1].view(torch.float64)
-
-    def first(self, rows: int) -> "Drawn":
-        """Views of the first rows."""
-        return Drawn(self.bits[:, :rows])
-
-
 def sample_tokens(
-    logits: Float[Tensor, "B V"], rows: SamplingRows, into: Drawn | None = None
+    logits: Float[Tensor, "B V"],
+    rows: SamplingRows,
+    into: Drawn | None = None,
+    outbox: Outbox | None = None,
 ) -> Drawn:
     """Draws the next token of every row, as `reference.py` defines it, and counts the draw.
 
-    Written over `into` if that is given. Never waits for a GPU.
+    Written over `into` if that is given; a kernel posts it to `outbox` too. Never waits for a GPU.
     """
     if into is None:
         into = Drawn.empty(logits.shape[0], logits.device)
     if use_kernels(logits):
         from based.ops.token_sampling.decode import sample_tokens_kernel
 
-        sample_tokens_kernel(logits, *rows, into.tokens, into.logprobs)
+        sample_tokens_kernel(logits, *rows, into.tokens, into.logprobs, outbox)
     else:
         tokens, logprobs = sample_tokens_reference(logits, *rows)
         into.tokens.copy_(tokens)

@@ -52,7 +52,7 @@ def mix_each_sequence(
     for row, (start, end) in enumerate(pairwise(bounds)):
         by_length.setdefault(end - start, []).append(row)
     pieces: dict[int, Tensor] = {}
-    states: dict[int, State] = {}
+    states: list[State] = []
     for length, rows in by_length.items():
         index = torch.tensor(rows, device=x.device)
         before = None if state is None else state.select(index)
@@ -60,10 +60,11 @@ def mix_each_sequence(
             y, after = x.new_zeros(len(rows), 0, x.shape[2]), before
         else:
             y, after = mixer.mix(torch.cat([x[:, bounds[r] : bounds[r + 1]] for r in rows]), before)
-        for i, row in enumerate(rows):
-            pieces[row] = y[i]
-            if after is not None:
-                states[row] = after.select(torch.tensor([i], device=x.device))
-    out = torch.cat([pieces[row] for row in sorted(pieces)])[None]
-    joined = mixer.join_states([states[row] for row in sorted(states)]) if states else None
-    return out, joined
+        pieces |= zip(rows, y.unbind(), strict=True)
+        if after is not None:
+            states.append(after)
+    out = torch.cat([pieces[row] for row in range(len(pieces))])[None]
+    if not states:
+        return out, None
+    joined, order = mixer.join_states(states), torch.tensor(list(pieces))
+    return out, joined if len(states) == 1 else joined.select(order.argsort().to(x.device))

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from based.mixers.base import Mixer, TensorSpec, at_least_one, probability, split_heads
 from based.mixers.state import State
 from based.ops.few_rows_linear import Projected, Residual, linear, norm_linears
-from based.ops.packed import positions
+from based.ops.packed import positions, sequence_ids
 from based.ops.rotary import frequencies_on, rotate
 from based.ops.sliding_window_attention import attention_step, sliding_window_attention
 
@@ -52,13 +52,9 @@ class SlidingWindowAttention(Mixer):
             out = self._attend(q, k, v)
             return self.out_proj(out.flatten(-2)), None
         seen = state["length"]
-        q, k, v = self._project(x, seen[:, None] + token)
-        # The window before a query holds window - 1 past keys: all slots but the oldest.
-        recent = (seen[:, None] - self.window + 1 + self._slots(x)[:-1]) % self.window
-        k = torch.cat([_take(state["keys"], recent).to(k.dtype), k], dim=1)
-        v = torch.cat([_take(state["values"], recent).to(v.dtype), v], dim=1)
-        out = self._attend(q, k, v, past=seen)
-        return self.out_proj(out.flatten(-2)), self._remember(k, v, seen, x.shape[1], state)
+        new = torch.full_like(seen, x.shape[1])
+        out, after = self._continue(*self._project(x, seen[:, None] + token), new, state)
+        return self.out_proj(out.flatten(-2)), after
 
     def mix_packed(
         self,
@@ -66,11 +62,17 @@ class SlidingWindowAttention(Mixer):
         cu_seqlens: Int[Tensor, " E"],
         state: State | None = None,
     ) -> tuple[Float[Tensor, "1 T C"], State | None]:
-        if state is not None:
-            return super().mix_packed(x, cu_seqlens, state)
-        q, k, v = self._project(x, positions(cu_seqlens, x.shape[1])[None])
-        out = self._attend(q, k, v, cu_seqlens=cu_seqlens)
-        return self.out_proj(out.flatten(-2)), None
+        place = positions(cu_seqlens, x.shape[1])
+        if state is None:
+            out = self._attend(*self._project(x, place[None]), cu_seqlens=cu_seqlens)
+            return self.out_proj(out.flatten(-2)), None
+        # Only attention takes sequences side by side, padded at their ends.
+        row, new = sequence_ids(cu_seqlens, x.shape[1]), cu_seqlens.diff()
+        padded = len(new), int(new.max())
+        qkv = self._project(x, (state["length"][row] + place)[None])
+        q, k, v = (y.new_zeros(*padded, *y.shape[2:]).index_put((row, place), y[0]) for y in qkv)
+        out, after = self._continue(q, k, v, new, state)
+        return self.out_proj(out[row, place].flatten(-2))[None], after
 
     def step(self, x: Float[Tensor, "B C"], state: State) -> Float[Tensor, "B C"]:
         out = self._step(self.qkv_proj(x), state)
@@ -90,6 +92,17 @@ class SlidingWindowAttention(Mixer):
         cache = state["keys"], state["values"], state["length"]
         frequencies = frequencies_on(qkv.device, self.head_dim, self.rotary_fraction)
         return attention_step(q, k, v, *cache, frequencies).flatten(-2)
+
+    def _continue(
+        self, q: Tensor, k: Tensor, v: Tensor, new: Int[Tensor, " B"], state: State
+    ) -> tuple[Tensor, State]:
+        """What the heads give after the state's tokens, and the next state; `new` of k are real."""
+        seen = state["length"]
+        # The window before a query holds window - 1 past keys: all slots but the oldest.
+        recent = (seen[:, None] - self.window + 1 + self._slots(q)[:-1]) % self.window
+        k = torch.cat([_take(state["keys"], recent).to(k.dtype), k], dim=1)
+        v = torch.cat([_take(state["values"], recent).to(v.dtype), v], dim=1)
+        return self._attend(q, k, v, past=seen), self._remember(k, v, seen, new, state)
 
     def _attend(
         self,
@@ -135,13 +148,13 @@ class SlidingWindowAttention(Mixer):
     def _slots(self, x: Tensor) -> Int[Tensor, " W"]:
         return torch.arange(self.window, device=x.device)
 
-    def _remember(self, k: Tensor, v: Tensor, seen: Tensor, new: int, state: State) -> State:
-        """The ring after `new` tokens; k and v hold window - 1 past tokens and then those."""
+    def _remember(self, k: Tensor, v: Tensor, seen: Tensor, new: Tensor, state: State) -> State:
+        """The ring after `new` tokens; k and v begin with window - 1 past tokens and then those."""
         length = seen + new
         # Slot s holds the newest token t < length with t mod window = s. Of the ring's
         # window tokens one may be older than k's first: that slot keeps what it has.
         age = (length[:, None] - 1 - self._slots(k)) % self.window
-        index = k.shape[1] - 1 - age
+        index = self.window - 2 + new[:, None] - age
         keep = (index < 0)[..., None, None]
         keys = torch.where(keep, state["keys"], _take(k, index.clamp(min=0)))
         values = torch.where(keep, state["values"], _take(v, index.clamp(min=0)))

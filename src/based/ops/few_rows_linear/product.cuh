@@ -53,11 +53,11 @@ struct Program {
     }
 
     // Asks for a step's weights, W's rows from a block on, or for its x.
-    __device__ __forceinline__ void weights(const TensorMap& w, int block, int k, u64 policy) const {
+    __device__ __forceinline__ void weights(const TensorMap& w, int block, int k) const {
         if (k >= STEPS) return;
         u32 slot = k % STAGES, barrier = full + 8 * slot;
         expect(barrier, STEP);
-        copy_blocks(memory + slot * STEP, w, (part * STEPS + k) * LANES, block, barrier, policy);
+        copy_blocks(memory + slot * STEP, w, (part * STEPS + k) * LANES, block, barrier, read_once());
     }
     __device__ __forceinline__ void inputs(const TensorMap& x, int k) const {
         u32 slot = k % STAGES;
@@ -66,25 +66,30 @@ struct Program {
     // The warp that copies asks for the first weights, before the kernel before has ended; then it copies what the
     // others multiply. While many weights are on their way x takes longer to come.
     __device__ __forceinline__ void start(const TensorMap& x, const TensorMap& w, int block) const {
-        if (!elected()) return;
-        for (int s = 0; s < STAGES; s++) start_barrier(full + 8 * s, 1), start_barrier(empty + 8 * s, WARPS);
-        start_barrier(sums, 1);
-        barriers_started();
-        for (int k = 0; k < FIRST; k++) weights(w, block, k, read_once());
-        expect(sums, OF_PARTS);
-        let_next_start();
-        prefetch_map(x);
+        if (elected()) {
+            for (int s = 0; s < FIRST; s++) start_barrier(full + 8 * s, 1);
+            barriers_started();
+            for (int k = 0; k < FIRST; k++) weights(w, block, k);
+            for (int s = FIRST; s < STAGES; s++) start_barrier(full + 8 * s, 1);
+            for (int s = 0; s < STAGES; s++) start_barrier(empty + 8 * s, WARPS);
+            start_barrier(sums, 1);
+            barriers_started();
+            expect(sums, OF_PARTS);
+            let_next_start();
+            prefetch_map(x);
+        }
+        __syncwarp();
     }
     __device__ __forceinline__ void feed(const TensorMap& x, const TensorMap& w, int block) const {
         if (elected()) {
             wait_for_previous();
             for (int k = 0; k < STAGES; k++) {
-                if (k >= FIRST) weights(w, block, k, read_once());
+                if (k >= FIRST) weights(w, block, k);
                 inputs(x, k);
             }
             for (int k = STAGES; k < STEPS; k++) {
                 await_barrier(empty + 8 * (k % STAGES), k / STAGES + 1 & 1);
-                weights(w, block, k, read_once()), inputs(x, k);
+                weights(w, block, k), inputs(x, k);
             }
         }
         __syncwarp();
@@ -93,8 +98,8 @@ struct Program {
 
     // Of a block lane l has rows l / 4 and 8 more, by rows 2 (l % 4) and 1 more of each eight of x's.
     __device__ __forceinline__ void multiply(float (&d)[ROWS / 2]) const {
-        // Numbers of slots would have to be worked out before each product.
-        u32 of_w = memory, barrier = full, done = 0, parity = 0;
+        // Addresses go on: from a step's number they would have to be worked out before each product.
+        u32 slot = memory, barrier = full, done = 0, parity = 0;
 #pragma unroll 1
         for (int k = 0; k < STEPS; k++) {
             await_barrier(barrier, parity);
@@ -102,14 +107,14 @@ struct Program {
             wgmma_fence();
 #pragma unroll
             for (int i = 0; i < 4; i++)
-                MULTIPLY(d, descriptor<1>(of_w + 32 * i, 16, 1024), descriptor<1>(of_w + OF_W + 32 * i, 16, 1024), k > 0 || i > 0);
+                MULTIPLY(d, descriptor<1>(slot + 32 * i, 16, 1024), descriptor<1>(slot + OF_W + 32 * i, 16, 1024), k > 0 || i > 0);
             wgmma_commit();
             if (k > 0) {
                 wgmma_wait<1>();
                 if (lane == 0) arrive(done);
             }
-            done = barrier + 8 * STAGES, barrier += 8, of_w += STEP;
-            if (barrier == empty) barrier = full, of_w = memory, parity ^= 1;
+            done = barrier + 8 * STAGES, barrier += 8, slot += STEP;
+            if (barrier == empty) barrier = full, slot = memory, parity ^= 1;
         }
         wgmma_wait<0>();
         settle(d);

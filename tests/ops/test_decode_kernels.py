@@ -392,14 +392,18 @@ def test_the_engine_on_kernels_draws_what_the_reference_draws() -> None:
     greedy = Sampling(temperature=0.0, max_new_tokens=6)
     sampled = Sampling(temperature=1.2, top_k=20, max_new_tokens=3, seed=3)
 
-    def tokens() -> list[list[int]]:
+    def tokens(post: bool = False) -> list[list[int]]:
         engine = Engine(model, EngineConfig(slots=2, max_length=64, recent=3))
+        if post:
+            engine._decode._outbox = Outbox(2, DEVICE)
         requests = [engine.submit([1, 2, 3], sampled), engine.submit([4], greedy)]
         while engine.busy:
             engine.step()
         return [request.tokens for request in requests]
 
     got = tokens()
+    if DEVICE.type == "cpu":  # on a GPU it was so already
+        assert tokens(post=True) == got
     # float64 has no kernels.
     model.double()
     assert tokens() == got

@@ -1,13 +1,15 @@
 """Convolution, rotary, softmax attention and packed-batch helpers against their references."""
 
 import math
+import weakref
 
 import pytest
 import torch
+from torch import Tensor
 
 from based.ops.gated_short_convolution import gated_short_convolution
 from based.ops.gated_short_convolution.reference import gated_short_convolution_reference
-from based.ops.packed import positions, sequence_ids
+from based.ops.packed import once_a_batch, positions, sequence_ids
 from based.ops.rotary import inverse_frequencies, rotate
 from based.ops.softmax_attention import sdpa, softmax_attention
 from based.ops.softmax_attention.reference import softmax_attention_reference
@@ -72,6 +74,34 @@ def test_head_dim_70_at_one_half_rotates_36() -> None:
     frequencies = inverse_frequencies(70, fraction=0.5)
     assert frequencies.shape == (18,)
     assert frequencies[-1].item() == pytest.approx(10000 ** (-34 / 35))
+
+
+def test_what_a_batch_s_boundaries_say_is_worked_out_once() -> None:
+    """And anew where the boundaries are others, or may be."""
+    asked = []
+
+    @once_a_batch
+    def lengths(cu_seqlens: Tensor, times: int) -> Tensor:
+        asked.append(times)
+        return times * cu_seqlens.diff()
+
+    edges = torch.tensor([0, 2, 5])
+    assert lengths(edges, 1) is lengths(edges, 1)
+    assert lengths(edges, 2).tolist() == [4, 6]
+    assert lengths(edges.clone(), 2).tolist() == [4, 6]
+    assert asked == [1, 2, 2]
+    edges[1] = 4
+    assert lengths(edges, 2).tolist() == [8, 2]
+    with torch.inference_mode():
+        unseen = torch.tensor([0, 2, 5])
+        assert lengths(unseen, 3).tolist() == [6, 9]
+        unseen[1] = 1
+        assert lengths(unseen, 3).tolist() == [3, 12]
+    compiled = torch.compile(lambda x: lengths(x, 4), backend="eager", fullgraph=True)
+    assert compiled(edges).tolist() == [16, 4]
+    gone = weakref.ref(edges)
+    del edges
+    assert gone() is None
 
 
 def test_packed_positions_and_ids_with_an_empty_sequence() -> None:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from based.mixers.base import Mixer, TensorSpec, at_least_one, probability, split_heads
 from based.mixers.state import State
 from based.ops.few_rows_linear import Projected, Residual, linear, norm_linears
-from based.ops.packed import positions, sequence_ids
+from based.ops.packed import longest, positions, sequence_ids
 from based.ops.rotary import frequencies_on, rotate
 from based.ops.sliding_window_attention import attention_step, sliding_window_attention
 
@@ -68,7 +68,7 @@ class SlidingWindowAttention(Mixer):
             return self.out_proj(out.flatten(-2)), None
         # Only attention takes sequences side by side, padded at their ends.
         row, new = sequence_ids(cu_seqlens, x.shape[1]), cu_seqlens.diff()
-        padded = len(new), int(new.max())
+        padded = len(new), longest(cu_seqlens)
         qkv = self._project(x, (state["length"][row] + place)[None])
         q, k, v = (y.new_zeros(*padded, *y.shape[2:]).index_put((row, place), y[0]) for y in qkv)
         out, after = self._continue(q, k, v, new, state)

@@ -5,7 +5,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from based.ops.packed import positions
+from based.ops.packed import once_a_batch, positions
 
 
 def short_convolution(
@@ -61,15 +61,21 @@ def next_past(
         new = min(count, x.shape[1])
         last = x[:, x.shape[1] - new :].to(past.dtype)
         return torch.cat([past[:, new:], last], dim=1)
-    # Slot j of sequence n is token (end - count + j), or an older slot of the state.
-    slot = torch.arange(count, device=x.device)
-    token = cu_seqlens[1:, None] - count + slot
-    older = (token - cu_seqlens[:-1, None] + count).clamp(max=count - 1)
-    from_past = past.gather(1, older.clamp(min=0)[..., None].expand(-1, -1, past.shape[2]))
+    token, older, inside = _newest(cu_seqlens, count)
+    from_past = past.gather(1, older.expand(-1, -1, past.shape[2]))
     if x.shape[1] == 0:
         return from_past
-    from_x = x[0, token.clamp(min=0)].to(past.dtype)
-    return torch.where((token >= cu_seqlens[:-1, None])[..., None], from_x, from_past)
+    return torch.where(inside, x[0, token].to(past.dtype), from_past)
+
+
+@once_a_batch
+def _newest(cu_seqlens: Int[Tensor, " E"], count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each sequence's last `count` inputs the tokens, else slots of its state, and which."""
+    # Slot j of sequence n is token (end - count + j), or an older slot of the state.
+    token = cu_seqlens[1:, None] - count + torch.arange(count, device=cu_seqlens.device)
+    older = (token - cu_seqlens[:-1, None] + count).clamp(min=0, max=count - 1)
+    inside = token >= cu_seqlens[:-1, None]
+    return token.clamp(min=0), older[..., None], inside[..., None]
 
 
 def gated_short_convolution(

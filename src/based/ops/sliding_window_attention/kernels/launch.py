@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from based.ops.kernels import products_of
-from based.ops.packed import sequence_ids
+from based.ops.packed import once_a_batch, sequence_ids
 from based.ops.sliding_window_attention.kernels.gradients import (
     window_key_gradients,
     window_query_gradients,
@@ -72,6 +72,7 @@ class Call(NamedTuple):
         return {**self.constants, **tiles, "WIDE": wide}
 
 
+@once_a_batch
 def edges_of(cu_seqlens: Int[Tensor, " E"], length: int) -> Int[Tensor, "2 T"]:
     """Where each token's sequence begins and ends, int32."""
     ids, ends = sequence_ids(cu_seqlens, length), F.pad(cu_seqlens[1:], (0, 1), value=length)

@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from based.ops.packed import once_a_batch
+
 
 class Segments(NamedTuple):
     """Tables of a batch whose tokens stand in one row, sequence after sequence.
@@ -32,6 +34,7 @@ class Segments(NamedTuple):
     """Whether there may be unused rows."""
 
 
+@once_a_batch
 def divide(
     cu_seqlens: Int[Tensor, " E"], num_segments: int, num_strips: int, length: int, per_strip: int
 ) -> Segments:

@@ -62,7 +62,8 @@ class DecodeStep:
         return self.drawn
 
     def on_host(self) -> Drawn:
-        """What the last step draws, until the step after the next; there is a `Report` of when."""
+        """What the last step draws: there when the device has come so far (`Report` waits), and
+        until the step after the next is launched."""
         return self.drawn.to_host() if self._outbox is None else self._outbox.last()
 
     @torch.no_grad()

@@ -129,6 +129,7 @@ def visible_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     return out if bias is None else out + bias
 
 
+@mock.patch.object(torch.nn.functional, "linear", visible_linear)
 def decoding(sizes: tuple[int, ...], dtypes: tuple[torch.dtype, ...], feature_dim: int) -> None:
     """Every decode kernel, in steps of few rows and of more; graphs would need the cache."""
     linear, window = "taylor_linear_attention", "sliding_window_attention"
@@ -183,12 +184,10 @@ def run_part(part: str) -> None:
         taylor_cases((16,), (16, 64, 112), (torch.bfloat16,), (False, True))
     elif part == "mixers":
         mixers()
-    elif part in ("decoding", "products"):
-        with mock.patch.object(torch.nn.functional, "linear", visible_linear):
-            if part == "decoding":
-                decoding((1, 3, 7), (torch.float32, torch.bfloat16), 8)
-            else:
-                decoding((2, 33, 128), (torch.bfloat16,), 16)
+    elif part == "decoding":
+        decoding((1, 3, 7), (torch.float32, torch.bfloat16), 8)
+    elif part == "products":
+        decoding((2, 33, 128), (torch.bfloat16,), 16)
     else:
         dtypes = torch.bfloat16, torch.float16, torch.float32
         taylor_cases((int(part.removeprefix("taylor-")),), (17, 64, 112), dtypes, (False, True))

@@ -54,8 +54,7 @@ def mix_each_sequence(
     pieces: dict[int, Tensor] = {}
     states: list[State] = []
     for length, rows in by_length.items():
-        index = torch.tensor(rows, device=x.device)
-        before = None if state is None else state.select(index)
+        before = None if state is None else state.select(torch.tensor(rows, device=x.device))
         if length == 0:
             y, after = x.new_zeros(len(rows), 0, x.shape[2]), before
         else:

@@ -101,7 +101,8 @@ def window(head_dim: int, dtype: torch.dtype) -> None:
 def around() -> None:
     from based.ops.elementwise_decode import (
         add_rms_norm_kernel,
-        scale_with_squares_kernel,
+        embed_kernel,
+        embed_with_squares_kernel,
         swiglu_kernel,
     )
     from based.ops.gated_short_convolution import triton as convolution
@@ -119,7 +120,9 @@ def around() -> None:
     scan._scan_backward._init_fn(*sizes, b, b, marks, x, last)
     norm = empty(4, 1792, dtype=F32), empty(4, 4, 1792, dtype=F32), empty(1792), 1e-5
     add_rms_norm_kernel(*norm)
-    scale_with_squares_kernel(empty(4, 1792, dtype=F32), empty(1792), 64)
+    tokens, table = empty(4, dtype=torch.int64), empty(96, 1792)
+    embed_kernel(tokens, table)
+    embed_with_squares_kernel(tokens, table, empty(1792), 64)
     swiglu_kernel(empty(4, 7168))
 
 
@@ -202,6 +205,7 @@ def decode() -> None:
         sampled = empty(rows, 50264), *options, empty(rows, dtype=torch.float64)
         sample_tokens_kernel(*sampled)
         sample_tokens_kernel(*sampled, Outbox(rows, torch.device("cpu")))
+        sample_tokens_kernel(*sampled, peaks=empty(rows, 393, 4, dtype=F32))
         x = empty(rows, 3584)
         convolution_step_kernel(x, x, empty(3584, 3), empty(rows, 2, 3584))
         step, scale = empty(3584, 16, dtype=F32), empty(3584, dtype=F32)

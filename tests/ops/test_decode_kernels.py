@@ -307,14 +307,20 @@ def test_add_rms_norm(parts: tuple[int, ...] | None, dtype: torch.dtype) -> None
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(("channels", "width"), [(1792, 64), (48, 16), (64, 64)])
-def test_a_norm_undivided(channels: int, width: int, dtype: torch.dtype) -> None:
-    x, weight = draw(3, channels), draw(channels, dtype=dtype)
-    want = elementwise.scale_with_squares(x.double(), weight.double(), width)
-    got = elementwise_decode.scale_with_squares_kernel(x, weight, width)
-    close(got[0], want[0], TOLERANCE[dtype])
-    close(got[1], want[1], 1e-6)
-    assert got[0].dtype == dtype
-    assert got[1].is_contiguous()
+def test_an_embedding_and_its_norm_undivided(channels: int, width: int, dtype) -> None:
+    table, weight = draw(9, channels, dtype=dtype), draw(channels, dtype=dtype)
+    tokens = torch.tensor([8, 0, 3, 3], device=DEVICE)
+    want = elementwise.embed_with_squares(tokens, table.double(), weight.double(), width)
+    got = elementwise_decode.embed_with_squares_kernel(tokens, table, weight, width)
+    alone = elementwise_decode.embed_kernel(tokens, table)
+    assert alone.dtype == got[0].dtype == torch.float32
+    for x in (alone, got[0], elementwise.embed(tokens, table.double())):
+        assert torch.equal(x.double(), table[tokens].double())
+    assert torch.equal(want[0], table[tokens].double())
+    close(got[1], want[1], TOLERANCE[dtype])
+    close(got[2], want[2], 1e-6)
+    assert got[1].dtype == dtype
+    assert got[2].is_contiguous()
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -324,9 +330,9 @@ def test_swiglu(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("few", [0, 16])
+@pytest.mark.parametrize(("few", "scanned"), [(0, False), (16, False), (0, True)])
 def test_sampling_draws_the_reference_s_tokens(
-    few: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    few: int, scanned: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ties, cuts of every kind, rows that are not finite; the last rows are greedy."""
     monkeypatch.setattr(sampling, "FEW", few)
@@ -345,11 +351,24 @@ def test_sampling_draws_the_reference_s_tokens(
     options = [x.to(DEVICE) for x in (temperature, top_k, top_p, seed, position.clone())]
     want, want_logprobs = sample_tokens_reference(logits, *options)
     got, logprobs = torch.zeros_like(options[3]), torch.zeros(rows, device=DEVICE)
-    sample_tokens_kernel(logits, *options, got, logprobs, block=64)
+    peaks = peaks_of(logits, 50) if scanned else None
+    sample_tokens_kernel(logits, *options, got, logprobs, peaks=peaks, block=64)
     assert torch.equal(options[-1].cpu(), position + 1)
     assert got.tolist() == want.tolist()
     assert logprobs.isnan().tolist() == [row in (2, 3, 5) for row in range(rows)]
     torch.testing.assert_close(logprobs, want_logprobs, equal_nan=True)
+
+
+def peaks_of(logits: Tensor, width: int) -> Tensor:
+    """What `sample_tokens` takes, of each `width` logits."""
+    parts = logits.float().unflatten(1, (-1, width))
+    finite = parts.isfinite()
+    parts = parts.where(finite, 0)
+    peak, place = parts.max(-1)
+    total = (parts - peak[..., None]).exp().sum(-1)
+    ids = place + width * torch.arange(parts.shape[1], device=logits.device)
+    bits = ids.int().view(torch.float32)
+    return torch.stack([peak, total, bits, (~finite).sum(-1).float()], dim=-1)
 
 
 def test_what_is_drawn_waits_on_the_host_for_two_steps() -> None:

@@ -2,6 +2,7 @@
 
 import subprocess
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -40,14 +41,18 @@ def on_hopper(monkeypatch, tmp_path_factory) -> Iterator[Callable[[bool], None]]
     folder.mkdir(exist_ok=True)
     torch.use_deterministic_algorithms(True, warn_only=True)
 
-    def begin(late: bool = False) -> None:
+    def forget() -> None:
         hopper._kernel.cache_clear()
+        hopper._logits_kernel.cache_clear()
+
+    def begin(late: bool = False) -> None:
+        forget()
         if not IS_HOPPER:
             emulate(monkeypatch, folder, late)
 
     yield begin
     torch.use_deterministic_algorithms(False)
-    hopper._kernel.cache_clear()
+    forget()
 
 
 def draw(*shape: int, dtype: torch.dtype = BF16, scale: float = 1.0) -> Tensor:
@@ -168,6 +173,45 @@ def test_layers_side_by_side(rows: int, sizes: tuple[int, ...], on_hopper) -> No
 
 
 @somewhere
+@pytest.mark.parametrize(
+    ("rows", "outputs", "channels", "late"),
+    [(2, 128, 64, True), (70, 136, 128, False), (64, 384, 640, True), (128, 392, 192, True)],
+)
+def test_logits_and_what_sampling_looks_for(rows, outputs, channels, late, on_hopper) -> None:
+    """Tiles in turn where programs are few; the last one ends with the outputs."""
+    on_hopper(late)
+    scaled, normed = scaled_of(rows, channels)
+    weight = draw(outputs, channels)
+    # A row of ties, one that is not finite in two tiles, and one so only there where they overlap.
+    scaled.x[0] = 0
+    normed[0] = 0
+    weight[1, 0] = weight[-1, 0] = torch.inf
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hopper, "SEATS", {1: 2})
+        logits, peaks = hopper.project_logits(scaled, weight)
+    finite = torch.ones(outputs, dtype=torch.bool)
+    finite[[1, -1]] = False
+    want = normed @ weight.double().T
+    close(logits[1:, finite], want[1:, finite], 4e-3)
+    assert not logits[1:, ~finite].isfinite().any()
+    assert peaks.shape == (rows, -(-outputs // 128), 4)
+    for tile, part in enumerate(logits.float().split(128, dim=1)):
+        peak, total, best, strange = peaks[:, tile].unbind(-1)
+        assert torch.equal(strange, (~part.isfinite()).sum(-1).float())
+        part = part.where(part.isfinite(), 0)
+        assert torch.equal(peak, part.amax(-1))
+        torch.testing.assert_close(total, (part - peak[:, None]).exp().sum(-1))
+        assert torch.equal(best.view(torch.int32), 128 * tile + part.argmax(-1).int())
+
+
+def test_which_heads_have_logits_of_ours() -> None:
+    for vocab, channels, dtype in ((136, 100, BF16), (100, 64, BF16), (130, 64, BF16)):
+        assert not hopper.reads_logits(torch.zeros(vocab, channels, dtype=dtype))
+    assert not hopper.reads_logits(torch.zeros(136, 64))
+    assert hopper.reads_logits(torch.zeros(136, 64, dtype=BF16))
+
+
+@somewhere
 def test_a_step_shares_its_norms(on_hopper, monkeypatch) -> None:
     """A model's steps through these kernels, and without, against float64."""
     on_hopper()
@@ -176,7 +220,7 @@ def test_a_step_shares_its_norms(on_hopper, monkeypatch) -> None:
         monkeypatch.setattr(module, "use_kernels", lambda x: x.element_size() <= 4)
     taylor, window = "taylor_linear_attention", "sliding_window_attention"
     config = DecoderConfig(
-        vocab_size=50,
+        vocab_size=136,
         hidden_size=64,
         intermediate_size=64,
         mixers=("gated_convolution", taylor, window, "gated_linear_attention"),
@@ -190,7 +234,7 @@ def test_a_step_shares_its_norms(on_hopper, monkeypatch) -> None:
         model = Decoder(config).to(BF16)
         wide = Decoder(config).double()
     wide.load_state_dict(model.state_dict())
-    names = "project_back", "project_gated", "project_side_by_side"
+    names = "project_back", "project_gated", "project_side_by_side", "project_logits"
     calls: dict[str, int] = dict.fromkeys(names, 0)
     for name in calls:
         monkeypatch.setattr(hopper, name, counted(getattr(hopper, name), calls, name))
@@ -207,7 +251,7 @@ def test_a_step_shares_its_norms(on_hopper, monkeypatch) -> None:
         close(with_them, want, 4e-2)
         close(without, want, 4e-2)
     # Of eight projections back one is a mixer's that projects by itself.
-    assert calls == {"project_back": 14, "project_gated": 8, "project_side_by_side": 4}
+    assert calls == dict(zip(names, (14, 8, 4, 2), strict=True))
     for name in ("seen", "length"):
         for got, kept in zip(*states[:2], strict=True):
             assert name not in kept or torch.equal(got[name], kept[name])
@@ -286,15 +330,26 @@ def test_first_weights_leave_room_for_others(block: int, steps: int) -> None:
 
 
 @with_nvcc
+@pytest.mark.parametrize("rows", [64, 128])
+def test_the_source_of_logits_compiles(rows: int, tmp_path) -> None:
+    compile_source(hopper.logits_source(rows, 1792, 50264), tmp_path)
+
+
+@with_nvcc
 @pytest.mark.parametrize("rows", [32, 96, 128])
 @pytest.mark.parametrize("parts", [1, 2, 4])
 @pytest.mark.parametrize("name", ["product_back", "product_gated", "product_side_by_side"])
 def test_sources_compile_and_keep_their_products_in_flight(name, parts, rows, tmp_path) -> None:
     """Without a register spilled, which would be a stack that no tool has room for."""
     own = {"product_gated": {"WIDTH": 3}, "product_side_by_side": {"SECOND": 256, "THIRD": 512}}
-    source = tmp_path / "kernel.cu"
-    source.write_text(hopper.source(name, rows, 1792, parts, 512, N=1792, **own.get(name, {})))
-    flags = ["-cubin", "-arch=sm_90a", "-std=c++17", "-Xptxas", "-v", "-o", tmp_path / "out"]
+    constants = {"N": 1792, **own.get(name, {})}
+    compile_source(hopper.source(name, rows, 1792, parts, 512, **constants), tmp_path)
+
+
+def compile_source(text: str, folder: Path) -> None:
+    source = folder / "kernel.cu"
+    source.write_text(text)
+    flags = ["-cubin", "-arch=sm_90a", "-std=c++17", "-Xptxas", "-v", "-o", folder / "out"]
     done = subprocess.run(["nvcc", *flags, source], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "are serialized" not in done.stderr

@@ -6,7 +6,7 @@ from test_decode_kernels import DEVICE, TOLERANCE, close, draw
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from based.generation.quantization import decode_step, quantize_weights
+from based.generation.quantization import quantize_step, quantize_weights
 from based.models import Decoder, DecoderConfig, DecoderState
 from based.ops import few_rows_linear, kernels
 from based.ops.elementwise import add_rms_norm
@@ -337,14 +337,14 @@ def test_a_step_with_eight_bit_weights(precision: str, monkeypatch) -> None:
 
     monkeypatch.setattr(torch, "compile", lambda *_, **__: never)
     given, wide = model(), model().double()
-    step = decode_step(given, precision)
+    quantize_step(given, precision)
     wide.load_state_dict({name: dequantised(x) for name, x in given.state_dict().items()})
     states = given.init_state(2, 8), wide.init_state(2, 8)
     for token in range(3):
         tokens = torch.tensor([token, 7 * token + 1], device=DEVICE)
-        close(step(tokens, states[0]), wide.step(tokens, states[1]), 1e-5)
+        close(given.step(tokens, states[0]), wide.step(tokens, states[1]), 1e-5)
     with pytest.raises(AssertionError, match="compiled code ran"):
-        step(torch.zeros(5, dtype=torch.long, device=DEVICE), given.init_state(5, 8))
+        given.step(torch.zeros(5, dtype=torch.long, device=DEVICE), given.init_state(5, 8))
 
 
 def dequantised(x: Tensor) -> Tensor:

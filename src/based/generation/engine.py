@@ -19,7 +19,7 @@ from based.errors import BasedError
 from based.generation.config import EngineConfig, slot_count
 from based.generation.pool import StatePool
 from based.generation.prefill import read_chunk, read_together
-from based.generation.quantization import decode_step
+from based.generation.quantization import quantize_step
 from based.generation.request import Generation, Snapshot
 from based.generation.sampling import Sampling, sampling_rows, to_device
 from based.generation.scheduler import Scheduler
@@ -56,8 +56,9 @@ class Engine:
         self._one_shape = self.config.deterministic or not cuda
         self.pool = StatePool(model, slots, self.config.max_length, self.config.recent)
         sizes = [slots] if self._one_shape else step_sizes(slots, self.config.step_sizes)
-        step = decode_step(model, self.config.quantize)
-        self._decode = DecodeStep(model, self.pool.state, sizes, step, graphs=graphs)
+        if self.config.quantize is not None:
+            quantize_step(model, self.config.quantize)
+        self._decode = DecodeStep(model, self.pool.state, sizes, graphs=graphs)
         self._decode.check()
         self.pool.wipe()
         self._scheduler = Scheduler(

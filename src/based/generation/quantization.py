@@ -34,22 +34,17 @@ def quantize_weights(layers: nn.Module, precision: Precision) -> None:
     quantize_(layers, kind(), lambda module, name: isinstance(module, nn.Linear))
 
 
-def decode_step(
-    model: Decoder, precision: Precision | None
-) -> Callable[[Tensor, DecoderState], Tensor]:
-    """The model's step; if a precision is given, with quantised weights.
+def quantize_step(model: Decoder, precision: Precision) -> None:
+    """Quantises the blocks' weights, and readies the model's step for them.
 
     The embedding, which is the head too, keeps its precision. On a GPU kernels of ours
     read the weights at few rows. More are compiled by torch: only so is a weight unpacked
     inside of the kernel of its product. On a CPU few rows are not worth compiling for.
     """
-    if precision is None:
-        return model.step
     quantize_weights(model.blocks, precision)
     layers = [module for module in model.blocks.modules() if isinstance(module, nn.Linear)]
     few = model.device.type == "cpu" or all(map(readable, layers))
     model.compile_steps(above=MOST_ROWS if few else 0)
-    return model.step
 
 
 @contextmanager

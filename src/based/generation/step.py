@@ -7,7 +7,7 @@ there as the next step's input, and reach the host later (`Report`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Int
@@ -33,10 +33,9 @@ class DecodeStep:
         model: Decoder,
         state: DecoderState,
         sizes: Sequence[int],
-        step: Callable[[Tensor, DecoderState], Tensor],
         graphs: bool,
     ) -> None:
-        self._model, self._step, self.sizes = model, step, sorted(sizes)
+        self._model, self.sizes = model, sorted(sizes)
         slots, device = self.sizes[-1], model.device
         self._views = {size: state.narrow(0, size) for size in self.sizes}
         self.drawn = Drawn.empty(slots, device)
@@ -69,8 +68,9 @@ class DecodeStep:
     @torch.no_grad()
     def _run(self, size: int) -> None:
         drawn = self.drawn.first(size)
-        self._logits[size] = logits = self._step(drawn.tokens, self._views[size])
-        sample_tokens(logits, self.rows.first(size), drawn, self._outbox)
+        logits, peaks = self._model.step_with_peaks(drawn.tokens, self._views[size])
+        self._logits[size] = logits
+        sample_tokens(logits, self.rows.first(size), drawn, self._outbox, peaks)
 
     def _capture(self) -> None:
         """Captures every size, the largest first, so that all share its memory."""

@@ -19,12 +19,13 @@ from based.mixers import Mixer, State, build_mixer
 from based.mixers.packing import Packing
 from based.models.config import DecoderConfig
 from based.ops.few_rows_linear import (
+    Branch,
     Projected,
     Residual,
-    fuses,
+    embedded,
     linear,
-    norm_linear,
     norm_linear_swiglu,
+    norm_logits,
     normed,
 )
 from based.ops.kernels import one_step
@@ -66,7 +67,7 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, weight.shape, weight, self.eps).to(self.weight.dtype)
 
     def of(
-        self, x: Float[Tensor, "B C"], branch: Float[Tensor, "*S B C"] | Projected | None
+        self, x: Float[Tensor, "B C"], branch: Branch
     ) -> Residual:
         """This norm of x + branch, to be computed by the kernel that needs it."""
         return Residual(x, branch, self.weight, self.eps)
@@ -119,13 +120,13 @@ class Block(nn.Module):
     def step(
         self,
         x: Float[Tensor, "B C"],
-        branch: Float[Tensor, "*S B C"] | Projected | None,
+        branch: Branch,
         state: State,
     ) -> tuple[Float[Tensor, "B C"], Float[Tensor, "*S B C"] | Projected]:
         """One token for every row; changes the state in place.
 
         The residual stream comes and goes as a sum, x + branch, that the next norm adds up;
-        the branch may itself be parts of a sum, or before its projection.
+        the branch may itself be parts of a sum, or before its projection (`Residual`).
         """
         x, mixed = self.mixer.step_residual(self.mixer_norm.of(x, branch), state)
         return self.mlp.step(self.mlp_norm.of(x, mixed)) if self.has_mlp else (x, mixed)
@@ -276,10 +277,17 @@ class Decoder(nn.Module):
     @torch.no_grad()
     def step(self, tokens: Int[Tensor, " B"], state: DecoderState) -> Float[Tensor, "B V"]:
         """Feeds one token to every row, changes the state in place, returns the next logits."""
-        residual = self._step_blocks(tokens, state)
-        if residual.x.shape[0] and fuses(residual):
-            return norm_linear(residual, [self.embedding.weight])[1]
-        return self.logits(normed(residual)[1])
+        return self.step_with_peaks(tokens, state)[0]
+
+    @torch.no_grad()
+    def step_with_peaks(
+        self, tokens: Int[Tensor, " B"], state: DecoderState
+    ) -> tuple[Float[Tensor, "B V"], Float[Tensor, "B P 4"] | None]:
+        """As `step`, and what sampling looks for first, where the head's kernel finds it.
+
+        See `token_sampling.sample_tokens`.
+        """
+        return norm_logits(self._step_blocks(tokens, state), self.embedding.weight)
 
     @torch.no_grad()
     def step_hidden(self, tokens: Int[Tensor, " B"], state: DecoderState) -> Float[Tensor, "B C"]:
@@ -287,7 +295,10 @@ class Decoder(nn.Module):
         return normed(self._step_blocks(tokens, state))[1]
 
     def _step_blocks(self, tokens: Tensor, state: DecoderState) -> Residual:
-        x, branch = self._embed(tokens), None
+        first = self.blocks[0]
+        assert isinstance(first, Block)
+        norm = first.mixer_norm
+        x, branch = embedded(tokens, self.embedding.weight, norm.weight, norm.eps)
         step = self._step_block if len(tokens) > self._compiled_above else Block.step
         # The embedding is an ordinary launch. A compiled step has launches of its own.
         with nullcontext() if torch.compiler.is_compiling() else one_step():

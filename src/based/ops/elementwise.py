@@ -1,7 +1,7 @@
 """What stands between a decode step's matrix products, each as one kernel on a GPU."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -31,20 +31,33 @@ def add_rms_norm(
     return x, normed.to(weight.dtype)
 
 
-def scale_with_squares(
-    x: Float[Tensor, "B C"], weight: Float[Tensor, " C"], width: int
-) -> tuple[Float[Tensor, "B C"], Float[Tensor, "tiles B"]]:
-    """x times weight, in its dtype, and of each `width` channels x's sums of squares.
+def embed(tokens: Int[Tensor, " B"], table: Float[Tensor, "V C"]) -> Float[Tensor, "B C"]:
+    """The tokens' rows of the table as a residual stream: float32, or float64 of such a table.
 
-    RMSNorm but for the division, of a float32 x whose channels are a multiple of `width`, a
-    power of two. No gradients.
+    No gradients.
     """
-    if use_kernels(x):
-        from based.ops.elementwise_decode import scale_with_squares_kernel
+    if use_kernels(table):
+        from based.ops.elementwise_decode import embed_kernel
 
-        return scale_with_squares_kernel(x, weight, width)
+        return embed_kernel(tokens, table)
+    return F.embedding(tokens, table).to(torch.promote_types(table.dtype, torch.float32))
+
+
+def embed_with_squares(
+    tokens: Int[Tensor, " B"], table: Float[Tensor, "V C"], weight: Float[Tensor, " C"], width: int
+) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B C"], Float[Tensor, "tiles B"]]:
+    """x as `embed` has it, x times weight, in its dtype, and of each `width` channels x's squares' sum.
+
+    That is RMSNorm but for the division. The channels are a multiple of `width`, a power of
+    two. No gradients.
+    """
+    if use_kernels(table):
+        from based.ops.elementwise_decode import embed_with_squares_kernel
+
+        return embed_with_squares_kernel(tokens, table, weight, width)
+    x = embed(tokens, table)
     squares = x.square().unflatten(1, (-1, width)).sum(2)
-    return (x * weight).to(weight.dtype), squares.T.contiguous()
+    return x, (x * weight).to(weight.dtype), squares.T.contiguous()
 
 
 def swiglu(x: Float[Tensor, "B CC"]) -> Float[Tensor, "B C"]:

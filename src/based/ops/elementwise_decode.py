@@ -1,11 +1,11 @@
-"""Kernels of `elementwise.py`: residual addition with RMSNorm, RMSNorm undivided, and SwiGLU."""
+"""Kernels of `elementwise.py`: residual addition with RMSNorm, the embedding, and SwiGLU."""
 
 from typing import no_type_check
 
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from based.ops.kernels import overlap
@@ -92,12 +92,15 @@ def add_rms_norm_kernel(
 
 @triton.jit
 @no_type_check
-def _scale_with_squares_kernel(
-    x_ptr,
+def _embed_kernel(
+    tokens_ptr,
+    table_ptr,
     weight_ptr,
+    x_ptr,
     scaled_ptr,
     squares_ptr,
     channels,
+    SCALED: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_T: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -107,25 +110,46 @@ def _scale_with_squares_kernel(
     channel = tile[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     real = channel < channels
     let_next_start(OVERLAP)
-    weight = tl.load(weight_ptr + channel, mask=real, other=0.0).to(tl.float32)
-    only_wait(OVERLAP)
-    x = tl.load(x_ptr + row * channels + channel, mask=real, other=0.0)
-    tl.store(scaled_ptr + row * channels + channel, x * weight, mask=real)
-    tl.store(squares_ptr + tile * rows + row, tl.sum(x * x, axis=1), mask=tile * WIDTH < channels)
+    token = tl.load(tokens_ptr + row)
+    x = tl.load(table_ptr + token * channels + channel, mask=real, other=0.0).to(tl.float32)
+    tl.store(x_ptr + row * channels + channel, x, mask=real)
+    if SCALED:
+        weight = tl.load(weight_ptr + channel, mask=real, other=0.0).to(tl.float32)
+        tl.store(scaled_ptr + row * channels + channel, x * weight, mask=real)
+        sums, inside = tl.sum(x * x, axis=1), tile * WIDTH < channels
+        tl.store(squares_ptr + tile * rows + row, sums, mask=inside)
 
 
-def scale_with_squares_kernel(
-    x: Float[Tensor, "B C"], weight: Float[Tensor, " C"], width: int
-) -> tuple[Float[Tensor, "B C"], Float[Tensor, "tiles B"]]:
-    """As `scale_with_squares`; x contiguous."""
-    (rows, channels), tiles = x.shape, x.shape[1] // width
-    scaled = torch.empty_like(x, dtype=weight.dtype)
-    squares = torch.empty((tiles, rows), dtype=x.dtype, device=x.device)
+def embed_kernel(
+    tokens: Int[Tensor, " B"], table: Float[Tensor, "V C"]
+) -> Float[Tensor, "B C"]:
+    """As `embed`; all contiguous."""
+    return _embedded(tokens, table, None, OF_WARP)[0]
+
+
+def embed_with_squares_kernel(
+    tokens: Int[Tensor, " B"], table: Float[Tensor, "V C"], weight: Float[Tensor, " C"], width: int
+) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B C"], Float[Tensor, "tiles B"]]:
+    """As `embed_with_squares`; all contiguous."""
+    return _embedded(tokens, table, weight, width)
+
+
+def _embedded(
+    tokens: Tensor, table: Tensor, weight: Tensor | None, width: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, channels = len(tokens), table.shape[1]
+    tiles = triton.cdiv(channels, width)
+    x = torch.empty((rows, channels), dtype=torch.float32, device=table.device)
+    scaled = x if weight is None else torch.empty_like(x, dtype=weight.dtype)
+    squares = x if weight is None else x.new_empty((tiles, rows))
     block = triton.next_power_of_2(tiles)
     warps = min(MOST_WARPS, max(1, block * width // OF_WARP))
-    sizes = {"WIDTH": width, "BLOCK_T": block, "num_warps": warps}
-    _scale_with_squares_kernel[(rows,)](x, weight, scaled, squares, channels, **sizes, **overlap(x))
-    return scaled, squares
+    sizes = {"SCALED": weight is not None, "WIDTH": width, "BLOCK_T": block, "num_warps": warps}
+    # The first kernel of a step is an ordinary launch; the next one may begin early.
+    able = overlap(tokens)["OVERLAP"]
+    given = tokens, table, table if weight is None else weight
+    _embed_kernel[(rows,)](*given, x, scaled, squares, channels, **sizes, OVERLAP=able)
+    return x, scaled, squares
 
 
 @triton.jit

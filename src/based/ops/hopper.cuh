@@ -13,6 +13,11 @@ __device__ __forceinline__ u32 times(u32 a, u32 b) {
     return product;
 }
 
+__device__ __forceinline__ float power_of_e(float x) {
+    float power;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x * 1.4426950409f));
+    return power;
+}
 // x / (1 + e^-x); 0 where e^-x is too large for a float.
 __device__ __forceinline__ float silu(float x) {
     float power, sigmoid;
@@ -158,6 +163,12 @@ __device__ __forceinline__ void copy_rows(u32 to, const TensorMap& from, int col
 __device__ __forceinline__ void copy_blocks(u32 to, const TensorMap& from, int column, int block, u32 barrier, u64 policy) {
     asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
         "[%0], [%1, {%3, %4, %4, %5}], [%2], %6;"
+        ::"r"(to), "l"(&from), "r"(barrier), "r"(column), "r"(0), "r"(block), "l"(policy) : "memory");
+}
+// Of one with five: column, one of two, of four pairs, of four times as many eights, block of 32.
+__device__ __forceinline__ void copy_outputs(u32 to, const TensorMap& from, int column, int block, u32 barrier, u64 policy) {
+    asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+        "[%0], [%1, {%3, %4, %4, %4, %5}], [%2], %6;"
         ::"r"(to), "l"(&from), "r"(barrier), "r"(column), "r"(0), "r"(block), "l"(policy) : "memory");
 }
 // How the second cache keeps what is read once: it goes before all else.

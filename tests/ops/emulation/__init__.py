@@ -37,7 +37,7 @@ def tensor_map(
     """A map as this folder's `hopper.cuh` reads it: axes that are not there have one entry."""
     held = (ctypes.c_uint64 * 24)()
     words = (ctypes.c_uint64 * 16).from_buffer(held, -ctypes.addressof(held) % 64)
-    missing = 4 - len(sizes)
+    missing = 5 - len(sizes)
     whole = (*sizes, *[1] * missing), (*strides, *[0] * missing), (*box, *[1] * missing)
     numbers = x.data_ptr(), *(number for axis in whole for number in axis)
     words[: len(numbers)] = numbers

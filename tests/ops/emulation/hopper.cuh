@@ -115,6 +115,7 @@ template <class T> T __shfl_xor_sync(u32 mask, T value, int with) {
 
 // ---- numbers
 
+inline float power_of_e(float x) { return std::exp(x); }
 inline float silu(float x) { return x / (1 + std::exp(-x)); }
 inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 
@@ -191,21 +192,22 @@ inline void bring(u32 barrier, i64 bytes, std::function<void()> write) {
     else happen();
 }
 
-// As emulation/__init__.py fills it: a pointer, four sizes, three strides in bytes, four sizes of a box.
+// As emulation/__init__.py fills it: a pointer, five sizes, four strides in bytes, five sizes of a box.
 struct __align__(64) TensorMap { u64 words[16]; };
 inline void prefetch_map(const TensorMap&) {}
-inline void copy_box(u32 to, const TensorMap& map, const i64 (&first)[4], u32 barrier) {
-    const u64 *size = map.words + 1, *stride = size + 4, *box = stride + 3;
+inline void copy_box(u32 to, const TensorMap& map, const i64 (&first)[5], u32 barrier) {
+    const u64 *size = map.words + 1, *stride = size + 5, *box = stride + 4;
     unsigned char* place = at(to);
     const u64 base = (u64)to;  // swizzled by its address
-    bring(barrier, box[0] * box[1] * box[2] * box[3] * 2, [=] {
+    bring(barrier, box[0] * box[1] * box[2] * box[3] * box[4] * 2, [=] {
         u64 row = 0;
+        for (u64 d = 0; d < box[4]; d++)
         for (u64 c = 0; c < box[3]; c++)
             for (u64 b = 0; b < box[2]; b++)
                 for (u64 a = 0; a < box[1]; a++, row++)
                     for (u64 chunk = 0; chunk < box[0] / 8; chunk++) {
-                        const bool real = first[1] + a < size[1] && first[2] + b < size[2] && first[3] + c < size[3] && first[0] + 8 * chunk < size[0];
-                        const u64 from = (first[0] + 8 * chunk) * 2 + (first[1] + a) * stride[0] + (first[2] + b) * stride[1] + (first[3] + c) * stride[2];
+                        const bool real = first[1] + a < size[1] && first[2] + b < size[2] && first[3] + c < size[3] && first[4] + d < size[4] && first[0] + 8 * chunk < size[0];
+                        const u64 from = (first[0] + 8 * chunk) * 2 + (first[1] + a) * stride[0] + (first[2] + b) * stride[1] + (first[3] + c) * stride[2] + (first[4] + d) * stride[3];
                         u64 shared = base + row * 128 + chunk * 16;
                         shared ^= (shared >> 7 & 7) << 4;
                         if (real) std::memcpy(place + (shared - base), (const char*)map.words[0] + from, 16);
@@ -213,9 +215,10 @@ inline void copy_box(u32 to, const TensorMap& map, const i64 (&first)[4], u32 ba
                     }
     });
 }
-inline void copy_rows(u32 to, const TensorMap& from, int column, int row, u32 barrier) { copy_box(to, from, {column, row, 0, 0}, barrier); }
+inline void copy_rows(u32 to, const TensorMap& from, int column, int row, u32 barrier) { copy_box(to, from, {column, row, 0, 0, 0}, barrier); }
 inline u64 read_once() { return 0; }
-inline void copy_blocks(u32 to, const TensorMap& from, int column, int block, u32 barrier, u64) { copy_box(to, from, {column, 0, 0, block}, barrier); }
+inline void copy_blocks(u32 to, const TensorMap& from, int column, int block, u32 barrier, u64) { copy_box(to, from, {column, 0, 0, block, 0}, barrier); }
+inline void copy_outputs(u32 to, const TensorMap& from, int column, int block, u32 barrier, u64) { copy_box(to, from, {column, 0, 0, 0, block}, barrier); }
 inline void send(u32 to, const float* four, u32 barrier) {
     float4_ x = {four[0], four[1], four[2], four[3]};
     unsigned char* place = at(to);

@@ -11,14 +11,17 @@ from based.ops.few_rows_linear.projections import (
     norm_linear_convolution,
     norm_linear_swiglu,
     norm_linears,
+    norm_logits,
     readable,
 )
-from based.ops.few_rows_linear.residual import Projected, Residual, normed
+from based.ops.few_rows_linear.residual import Branch, Projected, Residual, embedded, normed
 
 __all__ = [
     "MOST_ROWS",
+    "Branch",
     "Projected",
     "Residual",
+    "embedded",
     "fuses",
     "linear",
     "linear_convolution",
@@ -28,6 +31,7 @@ __all__ = [
     "norm_linear_convolution",
     "norm_linear_swiglu",
     "norm_linears",
+    "norm_logits",
     "normed",
     "readable",
 ]

@@ -25,6 +25,8 @@ THREADS = 32 * (WARPS + 1)
 SEATS = {1: 132, 2: 132, 4: 120}
 # Rows of x that a product has are a multiple of this: eights, in four parts.
 EIGHTS = 32
+# Outputs of a tile of logits, its steps in flight by rows of x, and those whose weights come first.
+LOGITS, LOGITS_STAGES, LOGITS_FIRST = 128, {64: 9, 128: 7}, 2
 # Fewer are faster in kernels of few rows.
 FEWEST_ROWS = 2
 
@@ -129,6 +131,34 @@ def project_side_by_side(
     return out
 
 
+def reads_logits(weight: Tensor) -> bool:
+    """Whether `project_logits` reads this weight."""
+    aligned = weight.is_contiguous() and weight.data_ptr() % 16 == 0
+    (N, C), halves = weight.shape, weight.dtype == torch.bfloat16
+    return halves and aligned and C % LANES == 0 and N % 8 == 0 and N >= LOGITS
+
+
+def project_logits(
+    scaled: Scaled, weight: Float[Tensor, "N C"]
+) -> tuple[Float[Tensor, "B N"], Float[Tensor, "B tiles 4"]]:
+    """The norm's projection to many outputs, and of each 128 of a row what sampling looks for first.
+
+    That is as `token_sampling` has it: the largest, the sum of exp of others less it, its number
+    (as bits), and how many are not finite.
+    """
+    x, (N, C), rows = scaled.x, weight.shape, scaled.x.shape[0]
+    block = 64 if rows <= 64 else 128
+    tiles = -(-N // LOGITS)
+    run = _logits_kernel(block, C, N, x.device)
+    out = torch.empty((rows, N), dtype=x.dtype, device=x.device)
+    peaks = torch.empty((rows, tiles, 4), dtype=torch.float32, device=x.device)
+    maps = _rows(x, block), _outputs(weight), _outputs(weight[-LOGITS:])
+    given = scaled.squares, out, peaks, scaled.eps, rows
+    grid = min(tiles, SEATS[1]), 2 * block + 64
+    run(*grid, *maps, *given, overlap=kernels.overlap(x)["OVERLAP"])
+    return out, peaks
+
+
 def _block(rows: int) -> int:
     return -(-rows // EIGHTS) * EIGHTS
 
@@ -166,6 +196,31 @@ def _blocks(weight: Tensor, *, gated: bool) -> cuda.Argument:
     (rows, C), row = weight.shape, 2 * weight.shape[1]
     within, eight, block = (row, rows // 2 * row, 8 * row) if gated else (2 * row, row, 16 * row)
     return cuda.tensor_map(weight, (C, 8, 2, rows // 16), (within, eight, block), (LANES, 8, 2, 4))
+
+
+def _outputs(weight: Tensor) -> cuda.Argument:
+    """128 rows of W in such an order that a thread has products of eight neighbours."""
+    (rows, C), row = weight.shape, 2 * weight.shape[1]
+    sizes, strides = (C, 2, 4, 4, rows // 32), (row, 8 * row, 2 * row, 32 * row)
+    return cuda.tensor_map(weight, sizes, strides, (LANES, 2, 4, 4, 4))
+
+
+@cache
+def _logits_kernel(
+    block: int, channels: int, outputs: int, device: torch.device
+) -> Callable[..., None]:
+    stages = LOGITS_STAGES[block]
+    shared = stages * (LOGITS + block) * LANES * 2 + 4 * block + 16 * stages + 1023
+    text = logits_source(block, channels, outputs)
+    return cuda.compile_kernel("product_logits", text, shared, device)
+
+
+def logits_source(block: int, channels: int, outputs: int) -> str:
+    """The text of `product_logits`."""
+    shape = {"ROWS": block, "C": channels, "N": outputs}
+    shape |= {"STAGES": LOGITS_STAGES[block], "FIRST": LOGITS_FIRST}
+    path = Path(__file__).with_name("product_logits.cu")
+    return cuda.source_of([path], shape, (LOGITS,))
 
 
 @cache

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from based.ops.elementwise import swiglu
 from based.ops.few_rows_linear import hopper
@@ -39,7 +40,7 @@ def fuses(residual: Residual, *layers: nn.Module) -> bool:
     """
     if isinstance(residual.branch, Projected):
         return False
-    if residual.branch is not None and residual.branch.dim() > 2:
+    if isinstance(residual.branch, Tensor) and residual.branch.dim() > 2:
         return False
     if not _few(residual.x, residual.x.shape[1], *layers) or not all(map(readable, layers)):
         return False
@@ -69,7 +70,7 @@ def _whole(residual: Residual) -> tuple[Tensor, Tensor | None, Tensor, float]:
     """A residual whose branch is there, as kernels of few rows take it."""
     x, branch, weight, eps = residual
     assert not isinstance(branch, Projected)
-    return x, branch, weight, eps
+    return x, branch if isinstance(branch, Tensor) else None, weight, eps
 
 
 def norm_linear(
@@ -81,6 +82,20 @@ def norm_linear(
     from based.ops.few_rows_linear.decode import linear_kernel
 
     return linear_kernel(*_whole(residual), weights=weights, bias=bias)
+
+
+def norm_logits(
+    residual: Residual, weight: Float[Tensor, "V C"]
+) -> tuple[Float[Tensor, "B V"], Float[Tensor, "B P 4"] | None]:
+    """The norm's projection to a vocabulary, and what sampling looks for first in parts of it.
+
+    The latter where the same kernel finds it; see `token_sampling.sample_tokens`.
+    """
+    if residual.x.shape[0] and fuses(residual):
+        return norm_linear(residual, [weight])[1], None
+    if shares_norm(residual) and hopper.reads_logits(weight):
+        return hopper.project_logits(undivided(residual)[1], weight)
+    return F.linear(normed(residual)[1], weight), None
 
 
 def norm_linears(

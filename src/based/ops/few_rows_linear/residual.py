@@ -6,7 +6,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from based.ops.elementwise import add_rms_norm, scale_with_squares
+from based.ops.elementwise import add_rms_norm, embed, embed_with_squares
 from based.ops.few_rows_linear import hopper
 from based.ops.kernels import use_kernels
 
@@ -22,16 +22,34 @@ class Projected(NamedTuple):
     counter: Int[Tensor, " B"] | None
 
 
+Branch = Float[Tensor, "*S B C"] | Projected | hopper.Scaled | None
+
+
 class Residual(NamedTuple):
     """A residual stream x + branch, and the RMSNorm that the next branch begins with.
 
-    For whoever computes it. A branch may come as parts of a sum, or before its projection.
+    For whoever computes it. A branch may come as parts of a sum, or before its projection; or
+    there is none, and the norm has been begun.
     """
 
     x: Float[Tensor, "B C"]
-    branch: Float[Tensor, "*S B C"] | Projected | None
+    branch: Branch
     weight: Float[Tensor, " C"]
     eps: float
+
+
+def embedded(
+    tokens: Int[Tensor, " B"], table: Float[Tensor, "V C"], gain: Float[Tensor, " C"], eps: float
+) -> tuple[Float[Tensor, "B C"], hopper.Scaled | None]:
+    """The residual stream of tokens, float32 or wider, and its norm but for the division.
+
+    The latter where products of so many rows may share it.
+    """
+    able = hopper.FEWEST_ROWS <= len(tokens) <= MOST_ROWS_IN_TILES and use_kernels(table)
+    if able and hopper.takes(gain) and gain.shape[0] % hopper.OUTPUTS == 0:
+        x, *scaled = embed_with_squares(tokens, table, gain, hopper.OUTPUTS)
+        return x, hopper.Scaled(*scaled, eps)
+    return embed(tokens, table), None
 
 
 def normed(residual: Residual) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B C"]]:
@@ -44,6 +62,8 @@ def normed(residual: Residual) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B C
             (x, _), branch = undivided(residual), None
         else:
             branch, bias = product(branch)
+    elif isinstance(branch, hopper.Scaled):
+        branch = None
     return add_rms_norm(x, branch, weight, eps, bias)
 
 
@@ -52,7 +72,7 @@ def shares_norm(residual: Residual, *layers: nn.Module) -> bool:
     x, branch, gain, _ = residual
     if isinstance(branch, Projected):
         layers = branch.layer, *layers
-    elif branch is not None:
+    elif not isinstance(branch, hopper.Scaled):
         return False
     linear_layers = [y for y in layers if isinstance(y, nn.Linear)]
     return _few(x) and all(map(plain, layers)) and hopper.takes(gain, *linear_layers)
@@ -64,8 +84,8 @@ def undivided(residual: Residual) -> tuple[Float[Tensor, "B C"], hopper.Scaled]:
     if isinstance(branch, Projected):
         projection = branch.x, branch.layer.weight, branch.layer.bias, branch.counter
         return hopper.project_back(*projection, residual=x, gain=gain, eps=eps)
-    assert branch is None
-    return x, hopper.Scaled(*scale_with_squares(x, gain, hopper.OUTPUTS), eps)
+    assert isinstance(branch, hopper.Scaled)
+    return x, branch
 
 
 def product(branch: Projected) -> tuple[Float[Tensor, "*S B N"], Float[Tensor, " N"] | None]:

@@ -157,6 +157,7 @@ def _sample_kernel(
     stride: tl.constexpr,
     POSTED: tl.constexpr,
     PARTS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
     BLOCK: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
@@ -164,11 +165,12 @@ def _sample_kernel(
     logits = logits_ptr + row.to(tl.int64) * stride
     wait_for_previous(OVERLAP)
     if PARTS > 1:
-        scanned = parts_ptr + (row.to(tl.int64) * PARTS + tl.arange(0, PARTS)) * 4
-        peaks = tl.load(scanned)
-        peak, bad = tl.max(peaks), tl.sum(tl.load(scanned + 3))
-        total = tl.sum(tl.load(scanned + 1) * tl.exp(peaks - peak))
-        best = tl.load(scanned + 2).to(tl.int32, bitcast=True)
+        part = tl.arange(0, BLOCK_P)
+        scanned, real = parts_ptr + (row.to(tl.int64) * PARTS + part) * 4, part < PARTS
+        peaks = tl.load(scanned, mask=real, other=LOWEST)
+        peak, bad = tl.max(peaks), tl.sum(tl.load(scanned + 3, mask=real, other=0.0))
+        total = tl.sum(tl.load(scanned + 1, mask=real, other=0.0) * tl.exp(peaks - peak))
+        best = tl.load(scanned + 2, mask=real, other=0.0).to(tl.int32, bitcast=True)
         token = tl.min(tl.where(peaks == peak, best, vocab))
     else:
         peak, total, token, bad = _peaks_of(logits, 0, vocab, BLOCK)
@@ -244,19 +246,20 @@ def sample_tokens_kernel(
     tokens: Int[Tensor, " B"],
     logprobs: Float[Tensor, " B"],
     outbox: Outbox | None = None,
+    peaks: Float[Tensor, "B P 4"] | None = None,
     block: int = BLOCK,
 ) -> None:
     """As `sample_tokens_reference`, in float32, into `tokens` and `logprobs`, and `outbox`.
 
-    Advances `position`. `logits` has contiguous rows.
+    Advances `position`. `logits` has contiguous rows, which are not scanned where `peaks` are given.
     """
     rows, vocab = logits.shape
     # Constants, so that rows are known to be aligned.
     sizes = {"vocab": vocab, "stride": logits.stride(0)}
-    parts = PARTS if rows <= FEW else 1
+    parts = peaks.shape[1] if peaks is not None else PARTS if rows <= FEW else 1
     posted = (tokens, logprobs, position) if outbox is None else outbox.columns()
-    scanned = logits
-    if parts > 1:
+    scanned = logits if peaks is None else peaks
+    if peaks is None and parts > 1:
         scanned = logits.new_empty((rows, parts, 4), dtype=torch.float32)
         share = triton.cdiv(triton.cdiv(vocab, parts), 16) * 16
         smaller = min(block, triton.next_power_of_2(share))
@@ -283,6 +286,7 @@ def sample_tokens_kernel(
         *posted,
         POSTED=0 if outbox is None else len(outbox.turns),
         PARTS=parts,
+        BLOCK_P=triton.next_power_of_2(parts),
         BLOCK=block,
         **sizes,
         **overlap(logits),

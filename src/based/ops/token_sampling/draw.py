@@ -34,17 +34,20 @@ def sample_tokens(
     rows: SamplingRows,
     into: Drawn | None = None,
     outbox: Outbox | None = None,
+    peaks: Float[Tensor, "B P 4"] | None = None,
 ) -> Drawn:
     """Draws the next token of every row, as `reference.py` defines it, and counts the draw.
 
     Written over `into` if that is given; a kernel posts it to `outbox` too. Never waits for a GPU.
+    `peaks` save a kernel its first pass: of parts of a row the largest logit, the sum of exp of
+    others less it, its id (as bits), and how many are not finite.
     """
     if into is None:
         into = Drawn.empty(logits.shape[0], logits.device)
     if use_kernels(logits):
         from based.ops.token_sampling.decode import sample_tokens_kernel
 
-        sample_tokens_kernel(logits, *rows, into.tokens, into.logprobs, outbox)
+        sample_tokens_kernel(logits, *rows, into.tokens, into.logprobs, outbox, peaks)
     else:
         tokens, logprobs = sample_tokens_reference(logits, *rows)
         into.tokens.copy_(tokens)

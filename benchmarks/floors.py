@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from based.generation import Engine
+from based.generation import Engine, EngineConfig
 from based.mixers import State
 from based.models import Decoder
 from based.ops.few_rows_linear import Residual, linear, norm_linear_swiglu
@@ -33,7 +33,7 @@ from benchmarks.timing import copy_rate, matmul_rate, median_device_seconds
 
 # based-1.3b and based-360m.
 HEAD_DIMS = (112, 64)
-HEADS, K, WINDOW, RECENT = 16, 16, 129, 16
+HEADS, K, WINDOW, RECENT = 16, 16, 129, EngineConfig.recent
 
 
 def decode_floor(

@@ -65,7 +65,7 @@ class Options:
     contexts: tuple[int, ...] = (1024,)
     window: int | None = None
     """Of a based preset: keys a query sees."""
-    recent: int = 16
+    recent: int = EngineConfig.recent
     """Tokens between writes of the linear state; 0 writes every token."""
     deterministic: bool = False
     quantize: Precision | None = None

@@ -10,15 +10,14 @@ from benchmarks.rows import RESULTS, device_rows, newest
 
 Row = dict[str, Any]
 # Rows of other choices are in the file, not in the curves.
-USUAL = {"window": None, "recent": 16, "deterministic": False, "quantize": None}
-USUAL |= {"overlap": True, "fused": True}
+USUAL = {"window": None, "deterministic": False, "quantize": None, "overlap": True, "fused": True}
 # The context of the curves over batches, and the batch of those over contexts.
 CONTEXT, BATCH = 1024, 128
 
 
 def is_usual(row: Row) -> bool:
-    """Whether a row of rounds was measured with the engine's defaults."""
-    return all(row[name] == USUAL[name] for name in USUAL)
+    """Whether a row of rounds was measured with the engine's defaults of its time."""
+    return row["recent"] > 0 and all(row[name] == USUAL[name] for name in USUAL)
 
 
 def usual_rounds(device: str | None = None) -> list[Row]:

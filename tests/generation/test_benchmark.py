@@ -8,6 +8,7 @@ from based.errors import BasedError
 from based.ops import kernels
 from based.ops.few_rows_linear import projections, residual
 from benchmarks import floors, generation, rows, tables
+from benchmarks.floors import RECENT
 from benchmarks.generation_plot import usual_rounds
 
 
@@ -94,8 +95,8 @@ def test_kernels_and_state(bench, monkeypatch) -> None:
     # A float32 state of 153 x 64 and its normaliser, read and written, of two heads.
     assert got[0]["bytes"] == 2 * 2 * 153 * 65 * 4
     got = bench("state", "--contexts", "100")[-5:]
-    kept = {(stored, recent) for stored in ("float32", "bfloat16") for recent in (0, 16)}
-    assert {(row["stored"], row["recent"]) for row in got} == kept | {("halves", 16)}
+    kept = {(stored, recent) for stored in ("float32", "bfloat16") for recent in (0, RECENT)}
+    assert {(row["stored"], row["recent"]) for row in got} == kept | {("halves", RECENT)}
 
 
 def test_absent_peers_say_what_they_need(bench, tmp_path) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from based.generation import EngineConfig
 from based.generation.step import DecodeStep
 from based.mixers.taylor_linear_attention import TaylorLinearAttention
 from based.models import Decoder, preset
@@ -65,7 +66,9 @@ def launches(monkeypatch) -> Launches:
     return counted
 
 
-def step_nodes(name: str, rows: int, launches: Launches, recent: int = 16) -> Counter[str]:
+def step_nodes(
+    name: str, rows: int, launches: Launches, recent: int = EngineConfig.recent
+) -> Counter[str]:
     with torch.device("meta"):
         model = Decoder(preset(name)).bfloat16()
     state = model.init_state(rows, 1024, recent)

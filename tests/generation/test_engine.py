@@ -290,8 +290,9 @@ def test_one_call_generation_is_the_engine(model) -> None:
 
 def test_a_wrong_decode_step_is_refused_at_the_start(monkeypatch) -> None:
     model = make()
-    step = type(model).step
-    monkeypatch.setattr(type(model), "step", lambda self, t, s: 1.01 * step(self, t, s))
+    step = type(model).step_with_peaks
+    wrong = lambda self, t, s: (1.01 * step(self, t, s)[0], None)  # noqa: E731
+    monkeypatch.setattr(type(model), "step_with_peaks", wrong)
     with pytest.raises(BasedError, match="the decode step differs from the model's parallel form"):
         Engine(model, config())
 

@@ -252,7 +252,7 @@ def test_weights_that_are_not_finite_are_refused() -> None:
 def test_slots_left_open_are_what_fits_beside_the_reading_of_prompts(free, monkeypatch) -> None:
     """A GPU's memory, imitated: one call over prompts takes 2 GB of it."""
     model, most = make("attn-tiny"), [0]
-    settings = EngineConfig(max_length=2000, prefill_chunk=64, memory_share=0.5)
+    settings = EngineConfig(max_length=2000, prefill_chunk=64, prefill_rows=16, memory_share=0.5)
     cuda = torch.cuda
     monkeypatch.setattr(cuda, "memory_allocated", lambda device: 5_000_000_000)
     monkeypatch.setattr(cuda, "reset_peak_memory_stats", lambda device: most.append(0))

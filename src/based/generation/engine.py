@@ -61,8 +61,9 @@ class Engine:
         self._decode = DecodeStep(model, self.pool.state, sizes, graphs=graphs)
         self._decode.check()
         self.pool.wipe()
+        self._chunk = self.config.tokens_together(cuda)
         self._scheduler = Scheduler(
-            self.config.prefill_chunk,
+            self._chunk,
             self.config.prompts_together(cuda),
             self.config.decode_per_prefill,
             self.config.max_waiting,
@@ -248,7 +249,7 @@ class Engine:
         row, generation = self._reading
         self._scheduler.count_prefill()
         try:
-            hidden = read_chunk(self.model, generation, self.config.prefill_chunk)
+            hidden = read_chunk(self.model, generation, self._chunk)
         except torch.OutOfMemoryError:
             self._vacate(generation)
             generation.finish("error", "not enough memory to read the prompt")

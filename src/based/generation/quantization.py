@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from based.errors import BasedError
-from based.models import Decoder, DecoderState
+from based.models import Decoder
 from based.ops.few_rows_linear import MOST_ROWS, readable
 
 Precision = Literal["int8", "float8"]

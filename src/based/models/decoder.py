@@ -66,9 +66,7 @@ class RMSNorm(nn.Module):
         weight = self.weight.to(x.dtype)
         return F.rms_norm(x, weight.shape, weight, self.eps).to(self.weight.dtype)
 
-    def of(
-        self, x: Float[Tensor, "B C"], branch: Branch
-    ) -> Residual:
+    def of(self, x: Float[Tensor, "B C"], branch: Branch) -> Residual:
         """This norm of x + branch, to be computed by the kernel that needs it."""
         return Residual(x, branch, self.weight, self.eps)
 

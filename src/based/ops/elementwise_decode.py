@@ -120,9 +120,7 @@ def _embed_kernel(
         tl.store(squares_ptr + tile * rows + row, sums, mask=inside)
 
 
-def embed_kernel(
-    tokens: Int[Tensor, " B"], table: Float[Tensor, "V C"]
-) -> Float[Tensor, "B C"]:
+def embed_kernel(tokens: Int[Tensor, " B"], table: Float[Tensor, "V C"]) -> Float[Tensor, "B C"]:
     """As `embed`; all contiguous."""
     return _embedded(tokens, table, None, OF_WARP)[0]
 

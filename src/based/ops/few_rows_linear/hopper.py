@@ -141,7 +141,7 @@ def reads_logits(weight: Tensor) -> bool:
 def project_logits(
     scaled: Scaled, weight: Float[Tensor, "N C"]
 ) -> tuple[Float[Tensor, "B N"], Float[Tensor, "B tiles 4"]]:
-    """The norm's projection to many outputs, and of each 128 of a row what sampling looks for first.
+    """The norm's projection to many outputs, and in each 128 of a row what sampling looks for.
 
     That is as `token_sampling` has it: the largest, the sum of exp of others less it, its number
     (as bits), and how many are not finite.

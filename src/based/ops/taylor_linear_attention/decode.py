@@ -37,8 +37,6 @@ READ_MANY, MOST_VALUES = {"BLOCK_F": 16, "STAGES": 3, "num_warps": 2}, 128
 READ_HALF = {"BLOCK_F": 32, "STAGES": 3, "num_warps": 1}
 READ_FEW, IN_FLIGHT = {"STAGES": 0, "num_warps": 8}, 32768
 MANY = 256
-# Slots of a ring that such a program reads at a time.
-RING_PART = 16
 
 
 @triton.jit
@@ -168,7 +166,6 @@ def _read(
 def _recent(
     keys,
     values,
-    first,
     place,
     lane,
     column,
@@ -177,24 +174,14 @@ def _recent(
     V: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Of BLOCK_R slots of a head's ring from `first` on: which hold tokens before the newest,
-    their keys and values."""
-    token = first + tl.arange(0, BLOCK_R)
+    """Which slots of a head's ring hold tokens before the newest, their keys and values."""
+    token = tl.arange(0, BLOCK_R)
     older = token < place
     cell = keys + token[:, None] * H * K + lane[None, :]
     past = tl.load(cell, mask=older[:, None] & (lane < K)[None, :], other=0.0)
     cell = values + token[:, None] * H * V + column[None, :]
     kept = tl.load(cell, mask=older[:, None] & (column < V)[None, :], other=0.0)
     return older, past.to(tl.float32), kept.to(tl.float32)
-
-
-@triton.jit
-@no_type_check
-def _near(query, older, past, kept, SCALE: tl.constexpr):
-    """What slots of a ring add to an output, and to its divisor."""
-    s = tl.sum(query[None, :] * past, axis=1) * SCALE
-    a = tl.where(older, 1.0 + s + 0.5 * s * s, 0.0)
-    return tl.sum(a[:, None] * kept, axis=0), tl.sum(a)
 
 
 @triton.jit
@@ -252,13 +239,14 @@ def _taylor_step_kernel(
     else:
         place = (tl.load(seen_ptr + row) % RING).to(tl.int32)
         if STAGES == 0:
-            older, past, kept = _recent(keys, values, 0, place, lane, column, H, K, V, BLOCK_R)
+            older, past, kept = _recent(keys, values, place, lane, column, H, K, V, BLOCK_R)
             state, norm = _features_of_state(S, z, 0, column, V, F, BLOCK_F)
             only_wait(OVERLAP)
         else:
             above, below = _stream(
                 *(q, k, 0.0, S, z, column, SCALE, K, V, F), False, BLOCK_F, STAGES, OVERLAP
             )
+            older, past, kept = _recent(keys, values, place, lane, column, H, K, V, BLOCK_R)
         newest = tl.load(v_ptr + row * v_stride + head * V + column, mask=inside, other=0.0)
         query = tl.load(q + lane, mask=held, other=0.0).to(tl.float32)
         key = tl.load(k + lane, mask=held, other=0.0)
@@ -267,23 +255,14 @@ def _taylor_step_kernel(
             tl.store(keys + place * H * K + lane, key, mask=held)
         if APART:
             tl.store(place_ptr + row, place, mask=(head == 0) & (part == 0))
+        s = tl.sum(query[None, :] * past, axis=1) * SCALE
+        a = tl.where(older, 1.0 + s + 0.5 * s * s, 0.0)
         s = tl.sum(query * key.to(tl.float32)) * SCALE
         own = 1.0 + s + 0.5 * s * s
-        near, near_below = own * newest.to(tl.float32), own
+        near = tl.sum(a[:, None] * kept, axis=0) + own * newest.to(tl.float32)
+        near_below = tl.sum(a) + own
         if STAGES == 0:
-            more, more_below = _near(query, older, past, kept, SCALE)
-            near += more
-            near_below += more_below
             above, below = _read(q, state, norm, S, z, column, SCALE, K, V, F, BLOCK_F)
-        else:
-            # As many slots at a time as registers hold.
-            for first in tl.range(0, place, BLOCK_R, num_stages=1):
-                older, past, kept = _recent(
-                    keys, values, first, place, lane, column, H, K, V, BLOCK_R
-                )
-                more, more_below = _near(query, older, past, kept, SCALE)
-                near += more
-                near_below += more_below
         above += near
         below += near_below
     tl.store(out_ptr + (row * H + head) * V + column, above / below, mask=inside)
@@ -325,8 +304,7 @@ def taylor_step_kernel(
         tiles = {**WRITE, "BLOCK_V": whole, "BLOCK_R": 1, "FOLDED": 0}
     elif apart:
         tiles = READ_HALF if numerator.dtype == torch.int16 else READ_MANY
-        tiles = {**tiles, "BLOCK_V": min(MOST_VALUES, whole), "FOLDED": 0}
-        tiles["BLOCK_R"] = min(RING_PART, long)
+        tiles = {**tiles, "BLOCK_V": min(MOST_VALUES, whole), "BLOCK_R": long, "FOLDED": 0}
     else:
         features = min(triton.next_power_of_2(F), IN_FLIGHT // wide)
         tiles = {**READ_FEW, "BLOCK_F": features, "BLOCK_V": wide}

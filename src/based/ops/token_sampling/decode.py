@@ -251,7 +251,7 @@ def sample_tokens_kernel(
 ) -> None:
     """As `sample_tokens_reference`, in float32, into `tokens` and `logprobs`, and `outbox`.
 
-    Advances `position`. `logits` has contiguous rows, which are not scanned where `peaks` are given.
+    Advances `position`. `logits` has contiguous rows, not scanned where `peaks` are given.
     """
     rows, vocab = logits.shape
     # Constants, so that rows are known to be aligned.

@@ -149,7 +149,7 @@ def decoding(sizes: tuple[int, ...], dtypes: tuple[torch.dtype, ...], feature_di
         taylor_decode.MANY = limit
         model = Decoder(config).to(DEVICE, dtype)
         state = model.init_state(rows, 64, recent=3)
-        step = DecodeStep(model, state, [rows], model.step, graphs=False)
+        step = DecodeStep(model, state, [rows], graphs=False)
         samplings = [Sampling(0.0), Sampling(top_k=7, top_p=0.9, seed=1), *[Sampling()] * rows]
         options = sampling_rows(samplings[:rows], [0] * rows, config.vocab_size, step.tokens.device)
         step.set_rows(range(rows), torch.arange(rows, device=DEVICE) % config.vocab_size, options)

@@ -46,7 +46,7 @@ def embed(tokens: Int[Tensor, " B"], table: Float[Tensor, "V C"]) -> Float[Tenso
 def embed_with_squares(
     tokens: Int[Tensor, " B"], table: Float[Tensor, "V C"], weight: Float[Tensor, " C"], width: int
 ) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B C"], Float[Tensor, "tiles B"]]:
-    """x as `embed` has it, x times weight, in its dtype, and x's sums of squares of `width` channels.
+    """x as `embed` has it, x times weight, in its dtype, and sums of squares of `width` channels.
 
     That is RMSNorm but for the division. The channels are a multiple of `width`, a power of
     two. No gradients.

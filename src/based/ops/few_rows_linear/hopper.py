@@ -217,7 +217,7 @@ def _logits_kernel(
 
 def logits_source(block: int, channels: int, outputs: int) -> str:
     """The text of `product_logits`."""
-    shape = {"ROWS": block, "C": channels, "N": outputs}
+    shape: dict[str, int | bool | str] = {"ROWS": block, "C": channels, "N": outputs}
     shape |= {"STAGES": LOGITS_STAGES[block], "FIRST": LOGITS_FIRST}
     path = Path(__file__).with_name("product_logits.cu")
     return cuda.source_of([path], shape, (LOGITS,))

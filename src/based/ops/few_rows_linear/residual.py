@@ -47,8 +47,8 @@ def embedded(
     """
     able = hopper.FEWEST_ROWS <= len(tokens) <= MOST_ROWS_IN_TILES and use_kernels(table)
     if able and hopper.takes(gain) and gain.shape[0] % hopper.OUTPUTS == 0:
-        x, *scaled = embed_with_squares(tokens, table, gain, hopper.OUTPUTS)
-        return x, hopper.Scaled(*scaled, eps)
+        x, scaled, squares = embed_with_squares(tokens, table, gain, hopper.OUTPUTS)
+        return x, hopper.Scaled(scaled, squares, eps)
     return embed(tokens, table), None
 
 

@@ -323,6 +323,34 @@ def test_an_embedding_and_its_norm_undivided(channels: int, width: int, dtype) -
     assert got[2].is_contiguous()
 
 
+@pytest.mark.parametrize("mixer", ["gated_convolution", "sliding_window_attention"])
+def test_prompts_take_kernels_between_products_and_training_does_not(mixer, monkeypatch) -> None:
+    """The parallel form without gradients, against float64, and how many kernels it is."""
+    sizes = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48}
+    options = {"sliding_window_attention": {"num_heads": 2, "window": 5}}
+    config = DecoderConfig(**sizes, mixers=(mixer,), mixer_options=options, initializer_range=0.3)
+    model, wide = Decoder(config).to(DEVICE), Decoder(config).to(DEVICE, torch.float64)
+    wide.load_state_dict(model.state_dict())
+    calls = []
+    for name in ("add_rms_norm_kernel", "swiglu_kernel"):
+        kernel = getattr(elementwise_decode, name)
+        monkeypatch.setattr(
+            elementwise_decode, name, lambda *x, f=kernel, n=name: calls.append(n) or f(*x)
+        )
+    tokens = torch.randint(60, (2, 7), device=DEVICE)
+    with torch.no_grad():
+        got, want = model(tokens)[0], wide(tokens)[0]
+    close(got, want, 1e-5)
+    assert calls == ["add_rms_norm_kernel"] * 2 + ["swiglu_kernel", "add_rms_norm_kernel"]
+    model(tokens)[0].square().sum().backward()
+    wide(tokens)[0].square().sum().backward()
+    assert len(calls) == 4
+    for one, other in zip(model.parameters(), wide.parameters(), strict=True):
+        assert one.grad is not None
+        assert other.grad is not None
+        close(one.grad, other.grad, 1e-4)
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_swiglu(dtype: torch.dtype) -> None:
     x = draw(3, 2 * 1100, dtype=dtype)

@@ -141,9 +141,12 @@ class SlidingWindowAttention(Mixer):
         return qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
 
     def _project(self, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = self._heads(self.qkv_proj(x))
+        heads = self.qkv_proj(x).unflatten(-1, (3, self.num_heads, self.head_dim))
         frequencies = frequencies_on(x.device, self.head_dim, self.rotary_fraction)
-        return rotate(q, position, frequencies), rotate(k, position, frequencies), v
+        # As heads of one tensor, so that angles are worked out once.
+        turned = rotate(heads[..., :2, :, :].flatten(-3, -2), position, frequencies)
+        q, k = turned.chunk(2, dim=-2)
+        return q, k, heads[..., 2, :, :]
 
     def _slots(self, x: Tensor) -> Int[Tensor, " W"]:
         return torch.arange(self.window, device=x.device)

@@ -120,9 +120,13 @@ class SoftmaxAttention(Mixer):
         return 2 * (length + 1) * self.num_heads * self.head_dim
 
     def _project(self, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = self._heads(self.qkv_proj(x))
+        heads = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
+        turned, v = heads.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=-2)
         frequencies = frequencies_on(x.device, self.head_dim, self.rotary_fraction)
-        return rotate(q, position, frequencies), rotate(k, position, frequencies), v
+        # As heads of one tensor, so that angles are worked out once.
+        turned = rotate(turned, position, frequencies)
+        q, k = turned.split([self.num_heads, self.num_kv_heads], dim=-2)
+        return q, k, v
 
     def _heads(self, qkv: Float[Tensor, "... C"]) -> tuple[Tensor, ...]:
         heads = qkv.unflatten(-1, (-1, self.head_dim))

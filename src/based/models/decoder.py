@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from based.mixers import Mixer, State, build_mixer
 from based.mixers.packing import Packing
 from based.models.config import DecoderConfig
+from based.ops.elementwise import add_rms_norm, swiglu
 from based.ops.few_rows_linear import (
     Branch,
     Projected,
@@ -28,7 +29,8 @@ from based.ops.few_rows_linear import (
     norm_logits,
     normed,
 )
-from based.ops.kernels import one_step
+from based.ops.kernels import one_step, use_kernels
+from based.ops.lanes import in_lanes
 from based.ops.linear_cross_entropy import linear_cross_entropy
 from based.ops.rotary import frequencies_on
 
@@ -54,6 +56,12 @@ class DecoderState(list[State]):
         return DecoderState(state.clone() for state in self)
 
 
+def _fuses(x: Tensor) -> bool:
+    """Whether kernels without gradients compute what stands between the products."""
+    seen = torch.is_grad_enabled() or torch.compiler.is_compiling() or in_lanes()
+    return not seen and use_kernels(x)
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * weight, computed in float32 and returned in the weight's dtype."""
 
@@ -63,8 +71,21 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
         """Normalises the last axis."""
+        if _fuses(x):
+            return add_rms_norm(x.flatten(0, -2), None, self.weight, self.eps)[1].view(x.shape)
         weight = self.weight.to(x.dtype)
         return F.rms_norm(x, weight.shape, weight, self.eps).to(self.weight.dtype)
+
+    def added(
+        self, x: Float[Tensor, "... C"], branch: Float[Tensor, "... C"]
+    ) -> tuple[Float[Tensor, "... C"], Float[Tensor, "... C"]]:
+        """x + branch, and that normalised."""
+        if _fuses(x):
+            rows = x.flatten(0, -2), branch.flatten(0, -2)
+            total, normed = add_rms_norm(*rows, self.weight, self.eps)
+            return total.view(x.shape), normed.view(x.shape)
+        x = x + branch
+        return x, self(x)
 
     def of(self, x: Float[Tensor, "B C"], branch: Branch) -> Residual:
         """This norm of x + branch, to be computed by the kernel that needs it."""
@@ -81,7 +102,11 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
         """Acts on each token alone."""
-        value, gate = self.fc1(x).chunk(2, dim=-1)
+        projected = self.fc1(x)
+        if _fuses(projected):
+            y = swiglu(projected.flatten(0, -2))
+            return self.fc2(y.unflatten(0, projected.shape[:-1]))
+        value, gate = projected.chunk(2, dim=-1)
         return self.fc2(value * F.silu(gate))
 
     def step(
@@ -113,7 +138,10 @@ class Block(nn.Module):
     ) -> tuple[Float[Tensor, "B T C"], State | None]:
         """Parallel form; see `Mixer.forward`."""
         mixed, state = self.mixer(self.mixer_norm(x), state, cu_seqlens)
-        return self._mlp(x + mixed), state
+        if not self.has_mlp:
+            return x + mixed, state
+        x, normed = self.mlp_norm.added(x, mixed)
+        return x + self.mlp(normed), state
 
     def step(
         self,
@@ -128,9 +156,6 @@ class Block(nn.Module):
         """
         x, mixed = self.mixer.step_residual(self.mixer_norm.of(x, branch), state)
         return self.mlp.step(self.mlp_norm.of(x, mixed)) if self.has_mlp else (x, mixed)
-
-    def _mlp(self, x: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
-        return x + self.mlp(self.mlp_norm(x)) if self.has_mlp else x
 
 
 class Decoder(nn.Module):

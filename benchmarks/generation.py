@@ -37,11 +37,14 @@ from benchmarks.rows import add_row, has_row
 
 NAME = "generation"
 WARMUP, PREFILL_ROWS = 8, 128
+# Tokens of a queued request: from the first on, less than the second.
+QUEUED = 64, 257
 Piece = Literal[
     "decode",
     "prompt",
     "profile",
     "generate",
+    "queue",
     "kernels",
     "state",
     "huggingface",
@@ -57,7 +60,8 @@ class Options:
 
     piece: Annotated[Piece, tyro.conf.Positional]
     """decode: rounds at a context. prompt: the same after a real prompt of that length. profile:
-    a round's GPU time by kind of kernel. generate: whole requests, as the paper counts.
+    a round's GPU time by kind of kernel. generate: whole requests, as the paper counts. queue: four
+    times as many as there are slots, of 64 to 256 tokens each, so that prompts are read between.
     kernels: bytes a second of each decode kernel. state: the error of a state over many tokens.
     The others are peers; plot draws the rows."""
     models: tuple[str, ...] = ("based-1.3b",)
@@ -128,6 +132,15 @@ def cells(options: Options, device: torch.device) -> Cells:
             key = {"system": "based", "model": model, "batch": batch}
             key |= {"prompt": options.prompt, "tokens": options.tokens, **_dials(options)}
             yield key, _generate(options, device, model, batch)
+    elif options.piece == "queue":
+        for model, batch in product(options.models, options.batches):
+            key = {"system": "based", "model": model, "batch": batch}
+            key |= {
+                "prompt": options.prompt,
+                "tokens": f"{QUEUED[0]} to {QUEUED[1] - 1}",
+                **_dials(options),
+            }
+            yield key, partial(_queue, options, device, model, batch)
     else:
         for batch in options.batches:
             key = {"system": options.piece, "batch": batch}
@@ -279,6 +292,41 @@ def _generate(
         }
 
     return measure
+
+
+def _queue(options: Options, device: torch.device, name: str, batch: int) -> dict[str, Any]:
+    model = build(name, device, options.window)
+    length, count = options.prompt + max(QUEUED), 4 * batch
+    config = EngineConfig(
+        slots=batch,
+        max_length=length,
+        recent=options.recent,
+        deterministic=options.deterministic,
+        quantize=options.quantize,
+    )
+    engine = Engine(model, config)
+    prompts = torch.randint(model.config.vocab_size, (count, options.prompt)).tolist()
+    tokens = torch.randint(*QUEUED, (count,)).tolist()
+
+    def run() -> tuple[float, float]:
+        began, longest = time.perf_counter(), 0.0
+        for prompt, most in zip(prompts, tokens, strict=True):
+            engine.submit(prompt, Sampling(temperature=0.0, max_new_tokens=most))
+        while engine.busy:
+            round_began = time.perf_counter()
+            engine.step()
+            longest = max(longest, time.perf_counter() - round_began)
+        return time.perf_counter() - began, longest
+
+    run()
+    seconds, longest = run()
+    return {
+        "requests": count,
+        "tokens_per_second": sum(tokens) / seconds,
+        "seconds": seconds,
+        "longest_round_ms": 1000 * longest,
+        "peak_bytes": peak_bytes(device),
+    }
 
 
 def synchronize(device: torch.device) -> None:

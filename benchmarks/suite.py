@@ -70,6 +70,7 @@ STAGES = {
             f"generation decode {BASED} --quantize int8 --batches 1",
             f"generation decode {BASED} --quantize float8 --batches 1",
             f"generation generate {BASED} attn-1.3b-hd128 --batches 128 --tokens 1024",
+            f"generation queue {BASED} based-360m attn-1.3b-hd128 --batches 128",
             f"generation huggingface {ATTENTION} --batches 128 --tokens 1024",
             f"generation profile {BASED} based-360m --batches 1 128 1024",
             "generation kernels --batches 1 128 1024",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from based.models.command import human
 from benchmarks import recall_tables, speeds
@@ -159,13 +160,14 @@ def rounds(rows: list[dict]) -> str:
 def whole_requests() -> str:
     """Prompts read and answers generated, ours and others."""
     systems = {"generate": "our engine", "huggingface": "transformers", "mamba": "mamba-ssm"}
+    systems["queue"] = "our engine"
     rows = [row for row in device_rows("generation") if row["piece"] in systems]
     rows = newest(rows, "piece", "model", "batch", "tokens")
     body = [
         [
             row["model"],
             systems[row["piece"]],
-            f"{row['batch']:,} x {row['prompt']} + {row['tokens']:,}",
+            _requests(row),
             f"{row['tokens_per_second']:,.0f}",
             f"{row['seconds']:.1f}",
             f"{row['peak_bytes'] / 1e9:.1f} GB",
@@ -174,6 +176,13 @@ def whole_requests() -> str:
     ]
     headings = ["model", "in", "prompt + new tokens", "new tokens/s", "seconds", "memory"]
     return measured(headings, body, rows)
+
+
+def _requests(row: dict[str, Any]) -> str:
+    """How many, of how many tokens; those of a queue get different numbers."""
+    count, tokens = row.get("requests", row["batch"]), row["tokens"]
+    new = tokens if isinstance(tokens, str) else f"{tokens:,}"
+    return f"{count:,} x {row['prompt']} + {new}"
 
 
 def decode_profile() -> str:

@@ -74,6 +74,10 @@ def test_whole_requests_and_real_prompts(bench) -> None:
     common = ("--models", "based-tiny", "--batches", "2", "--tokens", "5")
     (row,) = bench("generate", *common, "--prompt", "9")
     assert row["tokens_per_second"] == pytest.approx(2 * 5 / row["seconds"])
+    row = bench("queue", *common[:4], "--prompt", "9")[-1]
+    assert row["requests"] == 8
+    assert row["tokens_per_second"] > 8 * 64 / row["seconds"]
+    assert "| 8 x 9 + 64 to 256 |" in tables.whole_requests()
     row = bench("prompt", *common, "--contexts", "50")[-1]
     assert (row["piece"], row["context"]) == ("prompt", 50)
 

@@ -1,5 +1,6 @@
 """The engine: every request comes out as if it were alone, whatever happens around it."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 
@@ -32,7 +33,8 @@ def model(request) -> Decoder:
 
 
 def config(**changes) -> EngineConfig:
-    return replace(EngineConfig(slots=4, max_length=256, prefill_chunk=16), **changes)
+    usual = EngineConfig(slots=4, max_length=256, prefill_chunk=16, decode_per_prefill=4)
+    return replace(usual, **changes)
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
@@ -242,6 +244,31 @@ def test_first_come_first_served_and_prompts_take_a_bounded_share(monkeypatch) -
     assert len(reads) > 10
     # Between two reads three decode steps, unless nothing was decoding.
     assert all(b - a == 4 for a, b in pairwise(reads))
+
+
+def test_a_clock_gives_decoding_twice_what_reading_took(monkeypatch) -> None:
+    """Reads of 5 s, the first of which takes 10,000, and steps of 1 s."""
+    engine = Engine(make(), config(slots=4, decode_per_prefill=None))
+    events, now = [], [0.0]
+
+    def timed(name: str, seconds: float, call: Callable) -> Callable:
+        def run(*arguments: object) -> object:
+            now[0] += 9_995 if name == "read" and "read" not in events else 0
+            events.append(name)
+            now[0] += seconds
+            return call(*arguments)
+
+        return run
+
+    monkeypatch.setattr("based.generation.engine.perf_counter", lambda: now[0])
+    monkeypatch.setattr(engine, "_launch", timed("decode", 1, engine._launch))
+    monkeypatch.setattr(engine, "_read_on", timed("read", 4, engine._read_on))
+    long = replace(SAMPLED, max_new_tokens=200)
+    run(engine, *(engine.submit(prompt(length), long) for length in (5, 40, 40)))
+    reads = [i for i, event in enumerate(events) if event == "read"]
+    assert reads[0] == 0
+    # 64 steps at most, one of them in the round of the read; then what takes 10 s, and that one.
+    assert [b - a for a, b in pairwise(reads)] == [65, *[12] * 5]
 
 
 def test_a_request_is_known_one_step_after_it_was_drawn() -> None:

@@ -30,8 +30,9 @@ class EngineConfig:
     """Prompt tokens read in one call; None: 2,048 on a CPU, 8,192 on a GPU."""
     prefill_rows: int | None = None
     """Prompts read in one call; None: 64 on a GPU. With 1, neighbours never touch a prompt."""
-    decode_per_prefill: int = 4
-    """Decode steps between two such calls, while sequences decode."""
+    decode_per_prefill: int | None = None
+    """Decode steps between two such calls, while sequences decode; None: as many as take twice as
+    long as the call did, or 64."""
     max_waiting: int = 10_000
     """Requests that may queue; further ones are refused."""
     deterministic: bool = False

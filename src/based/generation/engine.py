@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from time import perf_counter
 
 import torch
 from torch import Tensor
@@ -138,13 +139,15 @@ class Engine:
     @torch.no_grad()
     def step(self) -> None:
         """One round: prompts if it is their turn, then one token for all that decode."""
+        began = perf_counter()
         self._resume_parked()
-        if self._scheduler.prompts_turn(decoding=bool(self._running)):
-            self._read_prompts()
+        turn = self._scheduler.prompts_turn(decoding=bool(self._running))
+        read = turn and self._read_prompts()
         if self._running:
             self._launch()
         # The newest report stays out, so that the device always has a step ahead of it.
         self._collect(keep=1 if self._running else 0)
+        self._scheduler.count_round(perf_counter() - began, read=read)
 
     def stream(self, generation: Generation) -> Iterator[int]:
         """The request's tokens as they come; drives the engine. Stopping early cancels it."""
@@ -220,8 +223,12 @@ class Engine:
             self._running[row] = generation
             generation.carry, generation.parked = None, False
 
-    def _read_prompts(self) -> None:
-        """One call over prompts: the next chunk of a long one, or a group of short ones."""
+    def _read_prompts(self) -> bool:
+        """One call over prompts: the next chunk of a long one, or a group of short ones.
+
+        False if there was none to read.
+        """
+        group: list[Generation] = []
         if self._reading is None:
             group = self._scheduler.next_group(self.pool.free)
             rows = [self.pool.acquire() for _ in group]
@@ -229,12 +236,13 @@ class Engine:
                 self._reading = (rows[0], group[0])
             elif group:
                 self._read_group(rows, group)
-        if self._reading is not None:
-            self._read_on()
+        if self._reading is None:
+            return bool(group)
+        self._read_on()
+        return True
 
     def _read_group(self, rows: list[int], group: list[Generation]) -> None:
         """Reads whole prompts together or, where memory does not suffice, one by one."""
-        self._scheduler.count_prefill()
         with suppress(torch.OutOfMemoryError):
             hidden, state = read_together(self.model, group)
             self._begin(rows, group, hidden, state)
@@ -247,7 +255,6 @@ class Engine:
         """The next chunk of the prompt being read; a request too large for memory ends."""
         assert self._reading is not None
         row, generation = self._reading
-        self._scheduler.count_prefill()
         try:
             hidden = read_chunk(self.model, generation, self._chunk)
         except torch.OutOfMemoryError:
@@ -281,7 +288,6 @@ class Engine:
         size = self._compact()
         self._decode.run(size)
         self._report(self._decode.on_host(), dict(self._running))
-        self._scheduler.count_decode_step()
         self._count_draw(list(self._running))
 
     def _report(self, on_host: Drawn, owners: dict[int, Generation]) -> None:

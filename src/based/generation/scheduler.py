@@ -7,21 +7,30 @@ from collections import deque
 from based.errors import BasedError
 from based.generation.request import Generation
 
+# Where steps are not counted, decoding has so many times as long as the call before took. A call
+# takes a GPU's host long, however few its prompts are: meanwhile more of them come together. Some
+# calls take much longer than the next ones will (kernels are compiled), so there is a last step.
+DECODE_PER_PREFILL, MOST_STEPS = 2.0, 64
+
 
 class Scheduler:
     """The queue of requests, and the pace at which their prompts are read.
 
     While sequences decode, `decode_per_prefill` decode steps stand between two calls
-    that read prompts, each of at most `chunk` tokens: long prompts, or many of them,
-    slow others down by a bounded factor. A prompt that is longer than a chunk is read
-    alone; shorter ones are read up to `rows` together.
+    that read prompts, each of at most `chunk` tokens, or (None) up to 64 of those that fit
+    in twice the time that the call took: long prompts, or many of them, slow others down
+    by a bounded factor. A prompt that is longer than a chunk is read alone; shorter ones
+    are read up to `rows` together.
     """
 
-    def __init__(self, chunk: int, rows: int, decode_per_prefill: int, max_waiting: int) -> None:
+    def __init__(
+        self, chunk: int, rows: int, decode_per_prefill: int | None, max_waiting: int
+    ) -> None:
         self._chunk, self._rows = chunk, rows
         self._decode_per_prefill, self._max_waiting = decode_per_prefill, max_waiting
         self._waiting: deque[Generation] = deque()
-        self._decoded = decode_per_prefill
+        # Steps, and seconds, since prompts were read, and seconds that it took.
+        self._steps, self._seconds, self._read_seconds = decode_per_prefill or 0, 0.0, 0.0
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -45,15 +54,19 @@ class Scheduler:
 
     def prompts_turn(self, decoding: bool) -> bool:
         """Whether a prompt may be read now, given whether sequences decode."""
-        return not decoding or self._decoded >= self._decode_per_prefill
+        if not decoding:
+            return True
+        if self._decode_per_prefill is not None:
+            return self._steps >= self._decode_per_prefill
+        enough = DECODE_PER_PREFILL * self._read_seconds
+        return self._seconds >= enough or self._steps >= MOST_STEPS
 
-    def count_decode_step(self) -> None:
-        """A decode step was taken: prompts come nearer their turn."""
-        self._decoded += 1
-
-    def count_prefill(self) -> None:
-        """Prompts were read: decoding has its turn."""
-        self._decoded = 0
+    def count_round(self, seconds: float, *, read: bool) -> None:
+        """A round took so long: if it did not read prompts, they come nearer their turn."""
+        if read:
+            self._steps, self._seconds, self._read_seconds = 1, 0.0, seconds
+        else:
+            self._steps, self._seconds = self._steps + 1, self._seconds + seconds
 
     def next_parked(self) -> Generation | None:
         """The first in the queue, if its state only needs a slot to go on."""

@@ -103,13 +103,13 @@ def _embed_kernel(
     SCALED: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_T: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     row, rows = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     tile = tl.arange(0, BLOCK_T)
     channel = tile[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     real = channel < channels
-    let_next_start(OVERLAP)
+    let_next_start(EARLY)
     token = tl.load(tokens_ptr + row)
     x = tl.load(table_ptr + token * channels + channel, mask=real, other=0.0).to(tl.float32)
     tl.store(x_ptr + row * channels + channel, x, mask=real)
@@ -144,9 +144,9 @@ def _embedded(
     warps = min(MOST_WARPS, max(1, block * width // OF_WARP))
     sizes = {"SCALED": weight is not None, "WIDTH": width, "BLOCK_T": block, "num_warps": warps}
     # The first kernel of a step is an ordinary launch; the next one may begin early.
-    able = overlap(tokens)["OVERLAP"]
+    sizes["EARLY"] = overlap(tokens)["OVERLAP"]
     given = tokens, table, table if weight is None else weight
-    _embed_kernel[(rows,)](*given, x, scaled, squares, channels, **sizes, OVERLAP=able)
+    _embed_kernel[(rows,)](*given, x, scaled, squares, channels, **sizes)
     return x, scaled, squares
 
 

@@ -134,7 +134,7 @@ def decoding(sizes: tuple[int, ...], dtypes: tuple[torch.dtype, ...], feature_di
     """Every decode kernel, in steps of few rows and of more; graphs would need the cache."""
     linear, window = "taylor_linear_attention", "sliding_window_attention"
     config = DecoderConfig(
-        vocab_size=61,
+        vocab_size=136,
         hidden_size=256,
         intermediate_size=128,
         mixers=("gated_convolution", linear, window, "softmax_attention"),

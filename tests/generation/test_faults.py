@@ -244,8 +244,12 @@ def test_weights_that_are_not_finite_are_refused() -> None:
         model.norm.weight.fill_(torch.nan)
     with pytest.raises(BasedError, match="the weights are not finite, or a kernel is wrong"):
         Engine(model, EngineConfig(slots=1))
-    with pytest.raises(BasedError, match="slots is 0"):
-        Engine(model, EngineConfig(slots=0))
+
+
+def test_dials_below_one_are_refused() -> None:
+    for name in ("slots", "prefill_chunk", "prefill_rows"):
+        with pytest.raises(BasedError, match=f"{name} is 0; it must be at least 1"):
+            Engine(make(), config(**{name: 0}))
 
 
 @pytest.mark.parametrize("free", [10e9, 1e9])

@@ -9,6 +9,7 @@ from torch import Tensor
 from based.generation import Engine, EngineConfig, Sampling
 from based.mixers.mamba import Mamba
 from based.models import Decoder, DecoderConfig
+from based.models.decoder import RMSNorm
 from based.ops import elementwise, elementwise_decode, kernels
 from based.ops.gated_short_convolution.decode import convolution_step_kernel
 from based.ops.gated_short_convolution.reference import gated_short_convolution_reference
@@ -309,7 +310,8 @@ def test_add_rms_norm(parts: tuple[int, ...] | None, dtype: torch.dtype) -> None
 @pytest.mark.parametrize(("channels", "width"), [(1792, 64), (48, 16), (64, 64)])
 def test_an_embedding_and_its_norm_undivided(channels: int, width: int, dtype) -> None:
     table, weight = draw(9, channels, dtype=dtype), draw(channels, dtype=dtype)
-    tokens = torch.tensor([8, 0, 3, 3], device=DEVICE)
+    # A column, as of a batch of prompts.
+    tokens = torch.tensor([[8, 1], [0, 1], [3, 1], [3, 1]], device=DEVICE)[:, 0]
     want = elementwise.embed_with_squares(tokens, table.double(), weight.double(), width)
     got = elementwise_decode.embed_with_squares_kernel(tokens, table, weight, width)
     alone = elementwise_decode.embed_kernel(tokens, table)
@@ -321,6 +323,10 @@ def test_an_embedding_and_its_norm_undivided(channels: int, width: int, dtype) -
     close(got[2], want[2], 1e-6)
     assert got[1].dtype == dtype
     assert got[2].is_contiguous()
+    for strange in (9, -1):
+        x = elementwise_decode.embed_kernel(torch.tensor([strange, 8], device=DEVICE), table)
+        assert x[0].isnan().all()
+        assert torch.equal(x[1].double(), table[8].double())
 
 
 @pytest.mark.parametrize("mixer", ["gated_convolution", "sliding_window_attention"])
@@ -349,6 +355,17 @@ def test_prompts_take_kernels_between_products_and_training_does_not(mixer, monk
         assert one.grad is not None
         assert other.grad is not None
         close(one.grad, other.grad, 1e-4)
+
+
+def test_a_norm_reads_rows_that_lie_apart() -> None:
+    norm = RMSNorm(32, 1e-5).to(DEVICE)
+    x, branch = (draw(2, 7, 64, dtype=torch.float32)[..., :32] for _ in range(2))
+    with torch.no_grad():
+        got = norm(x), *norm.added(x, branch)
+        norm.double()
+        want = norm(x.double()), *norm.added(x.double(), branch.double())
+    for one, other in zip(got, want, strict=True):
+        close(one, other, 1e-5)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -48,13 +48,19 @@ class EngineConfig:
 
     def tokens_together(self, cuda: bool) -> int:
         """Prompt tokens read in one call: fewer would leave a GPU waiting for its host."""
-        return self.prefill_chunk or (8192 if cuda else 2048)
+        usual = 8192 if cuda else 2048
+        tokens = usual if self.prefill_chunk is None else self.prefill_chunk
+        at_least_one(prefill_chunk=tokens)
+        return tokens
 
     def prompts_together(self, cuda: bool) -> int:
         """Prompts read in one call."""
         if self.deterministic:
             return 1
-        return self.prefill_rows or (64 if cuda else 1)
+        usual = 64 if cuda else 1
+        rows = usual if self.prefill_rows is None else self.prefill_rows
+        at_least_one(prefill_rows=rows)
+        return rows
 
 
 def slot_count(model: Decoder, config: EngineConfig) -> int:

@@ -62,6 +62,11 @@ def _fuses(x: Tensor) -> bool:
     return not seen and use_kernels(x)
 
 
+def _rows(x: Float[Tensor, "... C"]) -> Float[Tensor, "N C"]:
+    """As those kernels take it."""
+    return x.flatten(0, -2).contiguous()
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * weight, computed in float32 and returned in the weight's dtype."""
 
@@ -72,7 +77,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
         """Normalises the last axis."""
         if _fuses(x):
-            return add_rms_norm(x.flatten(0, -2), None, self.weight, self.eps)[1].view(x.shape)
+            return add_rms_norm(_rows(x), None, self.weight, self.eps)[1].view(x.shape)
         weight = self.weight.to(x.dtype)
         return F.rms_norm(x, weight.shape, weight, self.eps).to(self.weight.dtype)
 
@@ -81,8 +86,7 @@ class RMSNorm(nn.Module):
     ) -> tuple[Float[Tensor, "... C"], Float[Tensor, "... C"]]:
         """x + branch, and that normalised."""
         if _fuses(x):
-            rows = x.flatten(0, -2), branch.flatten(0, -2)
-            total, normed = add_rms_norm(*rows, self.weight, self.eps)
+            total, normed = add_rms_norm(_rows(x), _rows(branch), self.weight, self.eps)
             return total.view(x.shape), normed.view(x.shape)
         x = x + branch
         return x, self(x)
@@ -104,7 +108,7 @@ class SwiGLU(nn.Module):
         """Acts on each token alone."""
         projected = self.fc1(x)
         if _fuses(projected):
-            y = swiglu(projected.flatten(0, -2))
+            y = swiglu(_rows(projected))
             return self.fc2(y.unflatten(0, projected.shape[:-1]))
         value, gate = projected.chunk(2, dim=-1)
         return self.fc2(value * F.silu(gate))

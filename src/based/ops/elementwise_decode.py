@@ -99,6 +99,8 @@ def _embed_kernel(
     x_ptr,
     scaled_ptr,
     squares_ptr,
+    stride,
+    vocab,
     channels,
     SCALED: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -110,8 +112,12 @@ def _embed_kernel(
     channel = tile[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     real = channel < channels
     let_next_start(EARLY)
-    token = tl.load(tokens_ptr + row)
-    x = tl.load(table_ptr + token * channels + channel, mask=real, other=0.0).to(tl.float32)
+    token = tl.load(tokens_ptr + row * stride).to(tl.int64)
+    # What is no token has no numbers, rather than those of other memory.
+    known = (token >= 0) & (token < vocab)
+    cell = table_ptr + tl.where(known, token, 0) * channels + channel
+    x = tl.load(cell, mask=real, other=0.0).to(tl.float32)
+    x = tl.where(known | ~real, x, float("nan"))
     tl.store(x_ptr + row * channels + channel, x, mask=real)
     if SCALED:
         weight = tl.load(weight_ptr + channel, mask=real, other=0.0).to(tl.float32)
@@ -121,14 +127,14 @@ def _embed_kernel(
 
 
 def embed_kernel(tokens: Int[Tensor, " B"], table: Float[Tensor, "V C"]) -> Float[Tensor, "B C"]:
-    """As `embed`; all contiguous."""
+    """As `embed`; the table contiguous. NaN for what is no token."""
     return _embedded(tokens, table, None, OF_WARP)[0]
 
 
 def embed_with_squares_kernel(
     tokens: Int[Tensor, " B"], table: Float[Tensor, "V C"], weight: Float[Tensor, " C"], width: int
 ) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B C"], Float[Tensor, "tiles B"]]:
-    """As `embed_with_squares`; all contiguous."""
+    """As `embed_with_squares`; the table contiguous. NaN for what is no token."""
     return _embedded(tokens, table, weight, width)
 
 
@@ -146,7 +152,8 @@ def _embedded(
     # The first kernel of a step is an ordinary launch; the next one may begin early.
     sizes["EARLY"] = overlap(tokens)["OVERLAP"]
     given = tokens, table, table if weight is None else weight
-    _embed_kernel[(rows,)](*given, x, scaled, squares, channels, **sizes)
+    numbers = tokens.stride(0), len(table), channels
+    _embed_kernel[(rows,)](*given, x, scaled, squares, *numbers, **sizes)
     return x, scaled, squares
 
 

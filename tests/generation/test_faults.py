@@ -67,9 +67,9 @@ def random_requests(engine: Engine, count: int, seed: int) -> list:
     return requests
 
 
-def check_requests(count: int, seed: int) -> None:
+def check_requests(count: int, seed: int, **changes) -> None:
     model = make()
-    settings = config(slots=4, recent=4, prefill_chunk=16)
+    settings = config(slots=4, recent=4, prefill_chunk=16, **changes)
     engine = Engine(model, settings, eos_id=0)
     requests = random_requests(engine, count, seed)
     assert engine.pool.free == engine.pool.slots
@@ -91,9 +91,11 @@ def test_two_hundred_random_requests() -> None:
 
 
 @pytest.mark.soak
-def test_ten_thousand_random_requests(record_property) -> None:
+@pytest.mark.parametrize("decode_per_prefill", [4, None])
+def test_ten_thousand_random_requests(decode_per_prefill: int | None, record_property) -> None:
+    """With a schedule that repeats itself, and with one by the clock."""
     record_property("requests", 10_000)
-    check_requests(10_000, seed=2)
+    check_requests(10_000, seed=2, decode_per_prefill=decode_per_prefill)
 
 
 def test_logits_that_are_not_finite_end_that_request_alone() -> None:

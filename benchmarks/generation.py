@@ -14,7 +14,7 @@ import gc
 import resource
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -127,20 +127,13 @@ def cells(options: Options, device: torch.device) -> Cells:
         for model, context, batch in grid:
             key = {"system": "based", "model": model, "batch": batch, "context": context}
             yield {**key, **_dials(options)}, make(options, device, model, batch, context)
-    elif options.piece == "generate":
+    elif options.piece in ("generate", "queue"):
+        queued = options.piece == "queue"
+        tokens = f"{QUEUED[0]} to {QUEUED[1] - 1}" if queued else options.tokens
         for model, batch in product(options.models, options.batches):
             key = {"system": "based", "model": model, "batch": batch}
-            key |= {"prompt": options.prompt, "tokens": options.tokens, **_dials(options)}
-            yield key, _generate(options, device, model, batch)
-    elif options.piece == "queue":
-        for model, batch in product(options.models, options.batches):
-            key = {"system": "based", "model": model, "batch": batch}
-            key |= {
-                "prompt": options.prompt,
-                "tokens": f"{QUEUED[0]} to {QUEUED[1] - 1}",
-                **_dials(options),
-            }
-            yield key, partial(_queue, options, device, model, batch)
+            key |= {"prompt": options.prompt, "tokens": tokens, **_dials(options)}
+            yield key, partial(_queue if queued else _generate, options, device, model, batch)
     else:
         for batch in options.batches:
             key = {"system": options.piece, "batch": batch}
@@ -177,18 +170,24 @@ def build(name: str, device: torch.device, window: int | None = None) -> Decoder
 
 
 def _engine(options: Options, model: Decoder, batch: int, length: int) -> Engine:
-    config = EngineConfig(
-        slots=batch,
-        max_length=length,
+    config = replace(
+        _config(options, batch, length),
         # The slots fill as fast as they can, and all of them stay full: what is timed comes after.
         decode_per_prefill=0,
         prefill_rows=PREFILL_ROWS,
         step_sizes=(batch,),
+    )
+    return Engine(model, config)
+
+
+def _config(options: Options, slots: int, length: int) -> EngineConfig:
+    return EngineConfig(
+        slots=slots,
+        max_length=length,
         recent=options.recent,
         deterministic=options.deterministic,
         quantize=options.quantize,
     )
-    return Engine(model, config)
 
 
 def _filled(
@@ -263,48 +262,36 @@ def time_rounds(engine: Engine, rounds: int, device: torch.device) -> float:
     return (time.perf_counter() - began) / rounds
 
 
-def _generate(
-    options: Options, device: torch.device, name: str, batch: int
-) -> Callable[[], dict[str, Any]]:
-    def measure() -> dict[str, Any]:
-        model = build(name, device, options.window)
-        engine = _engine(options, model, batch, options.prompt + options.tokens)
-        shape = (batch, options.prompt)
-        prompts = torch.randint(model.config.vocab_size, shape).tolist()
+def _generate(options: Options, device: torch.device, name: str, batch: int) -> dict[str, Any]:
+    model = build(name, device, options.window)
+    engine = _engine(options, model, batch, options.prompt + options.tokens)
+    shape = (batch, options.prompt)
+    prompts = torch.randint(model.config.vocab_size, shape).tolist()
 
-        def run(tokens: int) -> float:
-            sampling = Sampling(temperature=0.0, max_new_tokens=tokens)
-            began = time.perf_counter()
-            requests = [engine.submit(prompt, sampling) for prompt in prompts]
-            while engine.busy:
-                engine.step()
-            assert all(len(request.tokens) == tokens for request in requests)
-            return time.perf_counter() - began
+    def run(tokens: int) -> float:
+        sampling = Sampling(temperature=0.0, max_new_tokens=tokens)
+        began = time.perf_counter()
+        requests = [engine.submit(prompt, sampling) for prompt in prompts]
+        while engine.busy:
+            engine.step()
+        assert all(len(request.tokens) == tokens for request in requests)
+        return time.perf_counter() - began
 
-        run(2)
-        peak_bytes(device)
-        prefill, seconds = run(1), run(options.tokens)
-        return {
-            "tokens_per_second": batch * options.tokens / seconds,
-            "seconds": seconds,
-            "prefill_seconds": prefill,
-            "peak_bytes": peak_bytes(device),
-        }
-
-    return measure
+    run(2)
+    peak_bytes(device)
+    prefill, seconds = run(1), run(options.tokens)
+    return {
+        "tokens_per_second": batch * options.tokens / seconds,
+        "seconds": seconds,
+        "prefill_seconds": prefill,
+        "peak_bytes": peak_bytes(device),
+    }
 
 
 def _queue(options: Options, device: torch.device, name: str, batch: int) -> dict[str, Any]:
     model = build(name, device, options.window)
     length, count = options.prompt + max(QUEUED), 4 * batch
-    config = EngineConfig(
-        slots=batch,
-        max_length=length,
-        recent=options.recent,
-        deterministic=options.deterministic,
-        quantize=options.quantize,
-    )
-    engine = Engine(model, config)
+    engine = Engine(model, _config(options, batch, length))
     prompts = torch.randint(model.config.vocab_size, (count, options.prompt)).tolist()
     tokens = torch.randint(*QUEUED, (count,)).tolist()
 

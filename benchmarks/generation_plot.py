@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.rows import RESULTS, device_rows, newest
+from benchmarks.rows import RESULTS, newest, of_device, read_rows
 
 Row = dict[str, Any]
 # Rows of other choices are in the file, not in the curves.
@@ -22,9 +22,13 @@ def is_usual(row: Row) -> bool:
 
 def usual_rounds(device: str | None = None) -> list[Row]:
     """Rounds of the engine as users have it, on one device, the newest of each size."""
-    rows = [row for row in device_rows("generation", device) if "tokens_per_second" in row]
-    rounds = [row for row in rows if row["piece"] == "decode" and is_usual(row)]
-    return newest(rounds, "model", "context", "batch")
+    return newest(of_device(rounds(), device), "model", "context", "batch")
+
+
+def rounds() -> list[Row]:
+    """Of all devices, and every commit."""
+    rows = [row for row in read_rows("generation") if row["piece"] == "decode" and is_usual(row)]
+    return [row for row in rows if "tokens_per_second" in row]
 
 
 def draw() -> Path:

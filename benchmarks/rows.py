@@ -90,7 +90,11 @@ def read_rows(name: str) -> list[dict[str, Any]]:
 
 def device_rows(name: str, device: str | None = None) -> list[dict[str, Any]]:
     """Rows of NAME.jsonl of one device; by default of the last row's, so the newest."""
-    rows = read_rows(name)
+    return of_device(read_rows(name), device)
+
+
+def of_device(rows: list[dict[str, Any]], device: str | None = None) -> list[dict[str, Any]]:
+    """Those of one device; by default of the last row's."""
     wanted = device or (rows[-1]["device"] if rows else None)
     return [row for row in rows if row["device"] == wanted]
 

@@ -14,8 +14,8 @@ from based.models.command import human
 from benchmarks import recall_tables, speeds
 from benchmarks import scaling as scaling_benchmark
 from benchmarks import training as training_benchmark
-from benchmarks.generation_plot import usual_rounds
-from benchmarks.rows import device_rows, newest, read_rows
+from benchmarks.generation_plot import rounds, usual_rounds
+from benchmarks.rows import device_rows, newest, of_device, read_rows
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -129,17 +129,17 @@ def prefill() -> str:
 
 def generation() -> str:
     """Rounds of the engine as users have it: rows of other choices are in the file alone."""
-    return rounds([row for row in usual_rounds() if row["batch"] in SHOWN_BATCHES])
+    return _rounds([row for row in usual_rounds() if row["batch"] in SHOWN_BATCHES])
 
 
 def other_devices() -> str:
     """The same on devices other than the one measured last, a table each."""
-    rows = read_rows("generation")
+    rows = rounds()
     devices = dict.fromkeys(row["device"] for row in rows if row["device"] != rows[-1]["device"])
-    return "\n\n".join(rounds(usual_rounds(device)) for device in devices)
+    return "\n\n".join(_rounds(usual_rounds(device)) for device in devices)
 
 
-def rounds(rows: list[dict]) -> str:
+def _rounds(rows: list[dict]) -> str:
     rows.sort(key=lambda row: (row["model"], row["context"], row["batch"]))
     body = [
         [
@@ -159,9 +159,9 @@ def rounds(rows: list[dict]) -> str:
 
 def whole_requests() -> str:
     """Prompts read and answers generated, ours and others."""
-    systems = {"generate": "our engine", "huggingface": "transformers", "mamba": "mamba-ssm"}
-    systems["queue"] = "our engine"
-    rows = [row for row in device_rows("generation") if row["piece"] in systems]
+    systems = {"generate": "our engine", "queue": "our engine"}
+    systems |= {"huggingface": "transformers", "mamba": "mamba-ssm"}
+    rows = of_device([row for row in read_rows("generation") if row["piece"] in systems])
     rows = newest(rows, "piece", "model", "batch", "tokens")
     body = [
         [
@@ -187,7 +187,7 @@ def _requests(row: dict[str, Any]) -> str:
 
 def decode_profile() -> str:
     """GPU time of a step by kind of kernel."""
-    rows = [row for row in device_rows("generation") if row["piece"] == "profile"]
+    rows = of_device([row for row in read_rows("generation") if row["piece"] == "profile"])
     rows = newest(rows, "model", "batch")
     rows.sort(key=lambda row: (row["model"], row["batch"]))
     floors = {(row["model"], row["batch"]): row["floor_ms"] for row in usual_rounds()}

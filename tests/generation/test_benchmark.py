@@ -49,6 +49,10 @@ def test_each_device_has_a_table_of_its_own(bench, monkeypatch) -> None:
     for device in ("an older GPU", "a GPU"):
         monkeypatch.setattr(rows, "device_name", lambda device=device: device)
         bench(*command)
+    # Rows of other pieces, of whatever device, change none of them.
+    monkeypatch.setattr(rows, "device_name", lambda: "a CPU")
+    rows.add_row("generation", {"piece": "state", "recent": 32}, {"errors": [0.1]})
+    assert "a CPU" not in tables.generation() + tables.other_devices()
     assert [row["device"] for row in usual_rounds()] == ["a GPU"]
     assert [row["device"] for row in usual_rounds("an older GPU")] == ["an older GPU"]
     for table, device in ((tables.generation, "a GPU"), (tables.other_devices, "an older GPU")):

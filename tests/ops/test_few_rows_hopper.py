@@ -175,7 +175,10 @@ def test_layers_side_by_side(rows: int, sizes: tuple[int, ...], on_hopper) -> No
 @somewhere
 @pytest.mark.parametrize(
     ("rows", "outputs", "channels", "late"),
-    [(2, 128, 64, True), (70, 136, 128, False), (64, 384, 640, True), (128, 392, 192, True)],
+    [
+        *((2, 128, 64, True), (3, 640, 64, True), (70, 136, 128, False)),
+        *((64, 384, 640, True), (128, 392, 192, True)),
+    ],
 )
 def test_logits_and_what_sampling_looks_for(rows, outputs, channels, late, on_hopper) -> None:
     """Tiles in turn where programs are few; the last one ends with the outputs."""

@@ -48,19 +48,19 @@ class EngineConfig:
 
     def tokens_together(self, cuda: bool) -> int:
         """Prompt tokens read in one call: fewer would leave a GPU waiting for its host."""
-        usual = 8192 if cuda else 2048
-        tokens = usual if self.prefill_chunk is None else self.prefill_chunk
-        at_least_one(prefill_chunk=tokens)
-        return tokens
+        return _or_usual("prefill_chunk", self.prefill_chunk, 8192 if cuda else 2048)
 
     def prompts_together(self, cuda: bool) -> int:
         """Prompts read in one call."""
         if self.deterministic:
             return 1
-        usual = 64 if cuda else 1
-        rows = usual if self.prefill_rows is None else self.prefill_rows
-        at_least_one(prefill_rows=rows)
-        return rows
+        return _or_usual("prefill_rows", self.prefill_rows, 64 if cuda else 1)
+
+
+def _or_usual(name: str, given: int | None, usual: int) -> int:
+    number = usual if given is None else given
+    at_least_one(**{name: number})
+    return number
 
 
 def slot_count(model: Decoder, config: EngineConfig) -> int:

@@ -228,16 +228,15 @@ class Engine:
 
         False if there was none to read.
         """
-        group: list[Generation] = []
         if self._reading is None:
             group = self._scheduler.next_group(self.pool.free)
+            if not group:
+                return False
             rows = [self.pool.acquire() for _ in group]
-            if len(group) == 1:
-                self._reading = (rows[0], group[0])
-            elif group:
+            if len(group) > 1:
                 self._read_group(rows, group)
-        if self._reading is None:
-            return bool(group)
+                return True
+            self._reading = (rows[0], group[0])
         self._read_on()
         return True
 

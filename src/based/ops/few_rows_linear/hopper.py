@@ -51,12 +51,14 @@ def runs(device: torch.device) -> bool:
 
 def reads(layer: nn.Linear) -> bool:
     """Whether a layer's weight is such as the kernels here read."""
-    weight, bias = layer.weight, layer.bias
-    # A tensor map begins at a multiple of 16 bytes.
+    halves = layer.bias is None or layer.bias.dtype == torch.bfloat16
+    return halves and layer.out_features % OUTPUTS == 0 and _copies(layer.weight)
+
+
+def _copies(weight: Tensor) -> bool:
+    """Whether steps of a weight are copied by a map, which begins at a multiple of 16 bytes."""
     aligned = weight.is_contiguous() and weight.data_ptr() % 16 == 0
-    fits = layer.in_features % LANES == 0 and layer.out_features % OUTPUTS == 0
-    halves = all(x is None or x.dtype == torch.bfloat16 for x in (weight, bias))
-    return halves and aligned and fits
+    return aligned and weight.dtype == torch.bfloat16 and weight.shape[1] % LANES == 0
 
 
 def project_back(
@@ -133,9 +135,8 @@ def project_side_by_side(
 
 def reads_logits(weight: Tensor) -> bool:
     """Whether `project_logits` reads this weight."""
-    aligned = weight.is_contiguous() and weight.data_ptr() % 16 == 0
-    (N, C), halves = weight.shape, weight.dtype == torch.bfloat16
-    return halves and aligned and C % LANES == 0 and N % 8 == 0 and N >= LOGITS
+    outputs = weight.shape[0]
+    return outputs % 8 == 0 and outputs >= LOGITS and _copies(weight)
 
 
 def project_logits(

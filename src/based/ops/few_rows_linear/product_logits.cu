@@ -8,6 +8,8 @@ constexpr int LANES = 64, STEPS = C / LANES, OUTPUTS = 128, TILES = (N + OUTPUTS
 constexpr int WARPS = ROWS / 16, OF_W = OUTPUTS * 128, STEP = OF_W + ROWS * 128;
 constexpr int SCALES = STAGES * STEP, BARRIERS = SCALES + ROWS * 4;
 constexpr int SCALED = 1;
+// Steps that are asked for ahead are of the first tile.
+constexpr int AHEAD = FIRST < STEPS ? FIRST : STEPS;
 // Less than any logit, and twice the lowest number of 16 bits.
 constexpr float LOWEST = -3.4028234663852886e38f;
 constexpr u32 NONE = 0xFF7FFF7Fu;
@@ -35,7 +37,7 @@ struct Program {
         if (elected()) {
             for (int s = 0; s < STAGES; s++) start_barrier(full + 8 * s, 1), start_barrier(empty + 8 * s, WARPS);
             barriers_started();
-            for (int k = 0; k < FIRST; k++) weights(w, last, blockIdx.x, k, k);
+            for (int k = 0; k < AHEAD; k++) weights(w, last, blockIdx.x, k, k);
             let_next_start();
             prefetch_map(x);
         }
@@ -48,7 +50,7 @@ struct Program {
         for (int tile = blockIdx.x; tile < TILES; tile += gridDim.x)
             for (int k = 0; k < STEPS; k++, step++) {
                 if (turn > 0) await_barrier(empty + 8 * slot, turn + 1 & 1);
-                if (step >= FIRST) weights(w, last, tile, k, slot);
+                if (step >= AHEAD) weights(w, last, tile, k, slot);
                 copy_rows(memory + slot * STEP + OF_W, x, k * LANES, 0, full + 8 * slot);
                 if (++slot == STAGES) slot = 0, turn++;
             }

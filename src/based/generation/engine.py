@@ -18,6 +18,7 @@ from torch import Tensor
 from based.data.tokenizer import Tokenizer
 from based.errors import BasedError
 from based.generation.config import EngineConfig, slot_count
+from based.generation.padded_prompts import PaddedPrompts
 from based.generation.pool import StatePool
 from based.generation.prefill import read_chunk, read_together
 from based.generation.quantization import quantize_step
@@ -63,12 +64,11 @@ class Engine:
         self._decode.check()
         self.pool.wipe()
         self._chunk = self.config.tokens_together(cuda)
-        self._scheduler = Scheduler(
-            self._chunk,
-            self.config.prompts_together(cuda),
-            self.config.decode_per_prefill,
-            self.config.max_waiting,
-        )
+        together = min(slots, self.config.prompts_together(cuda))
+        per_prefill, waiting = self.config.decode_per_prefill, self.config.max_waiting
+        self._scheduler = Scheduler(self._chunk, together, per_prefill, waiting)
+        padded = graphs and PaddedPrompts.reads(model)
+        self._padded = PaddedPrompts(model, together) if padded else None
         self._running: dict[int, Generation] = {}
         self._reading: tuple[int, Generation] | None = None
         self._reports: list[Report] = []
@@ -233,20 +233,27 @@ class Engine:
             if not group:
                 return False
             rows = [self.pool.acquire() for _ in group]
-            if len(group) > 1:
+            if len(group) > 1 or self._takes_padded(group):
                 self._read_group(rows, group)
                 return True
             self._reading = (rows[0], group[0])
         self._read_on()
         return True
 
+    def _takes_padded(self, group: list[Generation]) -> bool:
+        return self._padded is not None and self._padded.takes(group)
+
     def _read_group(self, rows: list[int], group: list[Generation]) -> None:
         """Reads whole prompts together or, where memory does not suffice, one by one."""
         with suppress(torch.OutOfMemoryError):
-            hidden, state = read_together(self.model, group)
-            self._begin(rows, group, hidden, state)
+            if self._padded is not None and self._takes_padded(group):
+                read = self._padded.read(group)
+            else:
+                read = read_together(self.model, group)
+            self._begin(rows, group, *read)
             return
-        # Only here is the memory of the failed call free.
+        # Only here is the memory of the failed call free, and that of captured ones given up.
+        self._padded = None
         for self._reading in zip(rows, group, strict=True):
             self._read_on()
 

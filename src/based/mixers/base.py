@@ -49,6 +49,8 @@ class Mixer(nn.Module, ABC):
     undecayed: ClassVar[tuple[str, ...]] = ()
     #: Whether linear weights begin as the mixer made them, rather than as the model's others.
     own_init: ClassVar[bool] = False
+    #: Whether `mix_packed` never waits for a GPU, where kernels run: it can be captured then.
+    captures_packed: ClassVar[bool] = False
     #: Set while sequences are split over ranks (`based.training.context_parallel`).
     shard: Shard | None = None
 

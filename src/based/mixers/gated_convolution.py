@@ -23,6 +23,8 @@ class GatedConvolution(Mixer):
     The state is the last kernel_size - 1 inputs of the convolution.
     """
 
+    captures_packed = True
+
     def __init__(self, hidden_size: int, kernel_size: int = 3, expand: int = 2) -> None:
         super().__init__()
         at_least_one(kernel_size=kernel_size, expand=expand)

@@ -3,11 +3,12 @@
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from based.mixers.base import Mixer, TensorSpec, at_least_one, probability, split_heads
 from based.mixers.state import State
 from based.ops.few_rows_linear import Projected, Residual, linear, norm_linears
-from based.ops.packed import longest, positions, sequence_ids
+from based.ops.packed import positions, sequence_ids
 from based.ops.rotary import frequencies_on, rotate
 from based.ops.sliding_window_attention import attention_step, sliding_window_attention
 
@@ -20,6 +21,8 @@ class SlidingWindowAttention(Mixer):
     sliding_window_attention` converts other conventions for `window`. `rotary_fraction`,
     `attention_dropout` and `bias` are those of `SoftmaxAttention`.
     """
+
+    captures_packed = True
 
     def __init__(
         self,
@@ -51,9 +54,8 @@ class SlidingWindowAttention(Mixer):
             q, k, v = self._project(x, token)
             out = self._attend(q, k, v)
             return self.out_proj(out.flatten(-2)), None
-        seen = state["length"]
-        new = torch.full_like(seen, x.shape[1])
-        out, after = self._continue(*self._project(x, seen[:, None] + token), new, state)
+        position = state["length"][:, None] + token
+        out, after = self._continue(*self._project(x, position), state)
         return self.out_proj(out.flatten(-2)), after
 
     def mix_packed(
@@ -66,13 +68,10 @@ class SlidingWindowAttention(Mixer):
         if state is None:
             out = self._attend(*self._project(x, place[None]), cu_seqlens=cu_seqlens)
             return self.out_proj(out.flatten(-2)), None
-        # Only attention takes sequences side by side, padded at their ends.
-        row, new = sequence_ids(cu_seqlens, x.shape[1]), cu_seqlens.diff()
-        padded = len(new), longest(cu_seqlens)
+        row = sequence_ids(cu_seqlens, x.shape[1])
         qkv = self._project(x, (state["length"][row] + place)[None])
-        q, k, v = (y.new_zeros(*padded, *y.shape[2:]).index_put((row, place), y[0]) for y in qkv)
-        out, after = self._continue(q, k, v, new, state)
-        return self.out_proj(out[row, place].flatten(-2))[None], after
+        out, after = self._continue_packed(*qkv, cu_seqlens, state)
+        return self.out_proj(out.flatten(-2)), after
 
     def step(self, x: Float[Tensor, "B C"], state: State) -> Float[Tensor, "B C"]:
         out = self._step(self.qkv_proj(x), state)
@@ -94,15 +93,63 @@ class SlidingWindowAttention(Mixer):
         return attention_step(q, k, v, *cache, frequencies).flatten(-2)
 
     def _continue(
-        self, q: Tensor, k: Tensor, v: Tensor, new: Int[Tensor, " B"], state: State
+        self, q: Tensor, k: Tensor, v: Tensor, state: State
     ) -> tuple[Tensor, State]:
-        """What the heads give after the state's tokens, and the next state; `new` of k are real."""
+        """What the heads give after the state's tokens, and the next state."""
         seen = state["length"]
-        # The window before a query holds window - 1 past keys: all slots but the oldest.
-        recent = (seen[:, None] - self.window + 1 + self._slots(q)[:-1]) % self.window
-        k = torch.cat([_take(state["keys"], recent).to(k.dtype), k], dim=1)
-        v = torch.cat([_take(state["values"], recent).to(v.dtype), v], dim=1)
-        return self._attend(q, k, v, past=seen), self._remember(k, v, seen, new, state)
+        length, (old_keys, old_values) = seen + k.shape[1], self._recent(state)
+        k = torch.cat([old_keys.to(k.dtype), k], dim=1)
+        v = torch.cat([old_values.to(v.dtype), v], dim=1)
+        token = self._held(length)
+        index = token - seen[:, None] + self.window - 1
+        newest = (_take(x, index.clamp(min=0)) for x in (k, v))
+        return self._attend(q, k, v, past=seen), _remember(index < 0, *newest, length, state)
+
+    def _continue_packed(
+        self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Int[Tensor, " E"], state: State
+    ) -> tuple[Tensor, State]:
+        """As `_continue`, of sequences end to end. Nothing waits for a GPU.
+
+        Attention sees each sequence after the past keys that it has; where those would
+        stand that it has not, and behind all, is room that no query looks at.
+        """
+        seen, T, past = state["length"], q.shape[1], self.window - 1
+        had = seen.clamp(max=past)
+        edges = cu_seqlens + F.pad(had.cumsum(0), (1, 0))
+        row, place = sequence_ids(cu_seqlens, T), positions(cu_seqlens, T)
+        size = T + len(seen) * past + 1
+        missing = past - had[:, None]
+        slot = self._slots(q)[:-1]
+        old = torch.where(slot < missing, size - 1, edges[:-1, None] + slot - missing)
+        new = edges[row] + had[row] + place
+
+        def placed(x: Tensor, before: Tensor) -> Tensor:
+            room = x.new_zeros(size, *x.shape[2:]).index_copy(0, new, x[0])
+            return room.index_copy(0, old.flatten(), before.flatten(0, 1).to(x.dtype))
+
+        old_keys, old_values = self._recent(state)
+        k, v = placed(k, old_keys), placed(v, old_values)
+        q = q.new_zeros(size, *q.shape[2:]).index_copy(0, new, q[0])
+        out = self._attend(q[None], k[None], v[None], cu_seqlens=edges)[:, new]
+        length = seen + cu_seqlens.diff()
+        after = self._held(length) - (seen - had)[:, None]
+        index = (edges[:-1, None] + after).clamp(min=0)
+        return out, _remember(after < 0, k[index], v[index], length, state)
+
+    def _recent(self, state: State) -> tuple[Tensor, Tensor]:
+        """The window - 1 past keys and values before the next token, oldest first."""
+        # All slots but the oldest.
+        slot = self._slots(state["keys"])[:-1]
+        index = (state["length"][:, None] - self.window + 1 + slot) % self.window
+        return _take(state["keys"], index), _take(state["values"], index)
+
+    def _held(self, length: Int[Tensor, " B"]) -> Int[Tensor, "B W"]:
+        """Which token each slot holds after so many: the newest whose number modulo window it is.
+
+        Below 0 where there is none.
+        """
+        last = length[:, None] - 1
+        return last - (last - self._slots(length)) % self.window
 
     def _attend(
         self,
@@ -151,17 +198,17 @@ class SlidingWindowAttention(Mixer):
     def _slots(self, x: Tensor) -> Int[Tensor, " W"]:
         return torch.arange(self.window, device=x.device)
 
-    def _remember(self, k: Tensor, v: Tensor, seen: Tensor, new: Tensor, state: State) -> State:
-        """The ring after `new` tokens; k and v begin with window - 1 past tokens and then those."""
-        length = seen + new
-        # Slot s holds the newest token t < length with t mod window = s. Of the ring's
-        # window tokens one may be older than k's first: that slot keeps what it has.
-        age = (length[:, None] - 1 - self._slots(k)) % self.window
-        index = self.window - 2 + new[:, None] - age
-        keep = (index < 0)[..., None, None]
-        keys = torch.where(keep, state["keys"], _take(k, index.clamp(min=0)))
-        values = torch.where(keep, state["values"], _take(v, index.clamp(min=0)))
-        return State(keys=keys, values=values, length=length)
+
+def _remember(
+    keep: Tensor, keys: Tensor, values: Tensor, length: Int[Tensor, " B"], state: State
+) -> State:
+    """The state after `length` tokens, of what its slots hold; `keep` marks those that stay.
+
+    Of the window's tokens one may be older than all that attention was given.
+    """
+    keep = keep[..., None, None]
+    keys = torch.where(keep, state["keys"], keys)
+    return State(keys=keys, values=torch.where(keep, state["values"], values), length=length)
 
 
 def _take(x: Float[Tensor, "B S H D"], index: Int[Tensor, "B W"]) -> Float[Tensor, "B W H D"]:

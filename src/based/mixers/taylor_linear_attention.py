@@ -27,6 +27,8 @@ class TaylorLinearAttention(Mixer):
     F = 153 packed features at `feature_dim` 16. No bias, rotary or decay.
     """
 
+    captures_packed = True
+
     def __init__(self, hidden_size: int, num_heads: int = 16, feature_dim: int = 16) -> None:
         super().__init__()
         at_least_one(feature_dim=feature_dim)

@@ -1,0 +1,103 @@
+"""Short prompts in few shapes, each captured as a CUDA graph.
+
+Where prompts are short, their kernels cost a host longer than the GPU. Here tokens are padded to one of some sizes, by a sequence of their own that
+nobody reads, and sequences to one of two numbers, by sequences without tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from based.generation.request import Generation
+from based.generation.sampling import to_device
+from based.models import Decoder, DecoderState
+from based.ops.packed import captured_with
+
+# Tokens. Of more a GPU needs longer than its host.
+SIZES = 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096
+# Sequences, where they are not as many as may be read together: each one costs a state.
+FEW = 8
+
+
+class PaddedPrompts:
+    """Reads whole prompts of a model whose mixers all allow it (`Mixer.captures_packed`).
+
+    A shape runs as it is the first time it is needed, which compiles its kernels, and is
+    captured the second time. So a prompt's bits do not depend on when it is read.
+    """
+
+    def __init__(self, model: Decoder, rows: int) -> None:
+        self._model, device = model, model.device
+        self._rows = sorted({min(FEW, rows), rows})
+        self._tokens = torch.zeros(1, SIZES[-1], dtype=torch.long, device=device)
+        self._edges = torch.zeros(rows + 2, dtype=torch.long, device=device)
+        self._hidden = torch.zeros(
+            rows, model.config.hidden_size, dtype=model.dtype, device=device
+        )
+        self._known: set[tuple[int, int]] = set()
+        self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
+
+    @cached_property
+    def _state(self) -> DecoderState:
+        # One sequence more has the padding; it stands after those in use.
+        return self._model.init_state(self._rows[-1] + 1)
+
+    @staticmethod
+    def reads(model: Decoder) -> bool:
+        """Whether it can be made for such a model."""
+        return all(mixer.captures_packed for mixer in model.mixers())
+
+    def takes(self, group: Sequence[Generation]) -> bool:
+        """Whether these are few enough tokens, of sequences that begin here."""
+        total = sum(len(generation.prompt) for generation in group)
+        new = all(generation.carry is None for generation in group)
+        return new and total <= SIZES[-1] and len(group) <= self._rows[-1]
+
+    @torch.no_grad()
+    def read(self, group: Sequence[Generation]) -> tuple[Float[Tensor, "N C"], DecoderState]:
+        """Their last hidden states and a row of the state for each, until the next call."""
+        tokens = [token for generation in group for token in generation.prompt]
+        size = next(size for size in SIZES if size >= len(tokens))
+        rows = next(rows for rows in self._rows if rows >= len(group))
+        lengths = torch.tensor([0, *(len(generation.prompt) for generation in group)])
+        edges = torch.full((rows + 2,), len(tokens))
+        edges[: len(lengths)], edges[-1] = lengths.cumsum(0), size
+        device = self._tokens.device
+        self._edges[: rows + 2].copy_(to_device(edges, device))
+        self._tokens[0, : len(tokens)].copy_(to_device(torch.tensor(tokens), device))
+        self._play(size, rows)
+        return self._hidden[: len(group)], self._state.narrow(0, len(group))
+
+    def _play(self, size: int, rows: int) -> None:
+        shape = size, rows
+        if not self._tokens.is_cuda or shape not in self._known:
+            self._run(size, rows)
+            self._known.add(shape)
+            return
+        if shape not in self._graphs:
+            graph = torch.cuda.CUDAGraph()
+            memory = next((made.pool() for made in self._graphs.values()), None)
+            with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
+                self._run(size, rows)
+            self._graphs[shape] = graph
+        self._graphs[shape].replay()
+
+    def _run(self, size: int, rows: int) -> None:
+        edges, state = self._edges[: rows + 2].clone(), self._state.narrow(0, rows + 1)
+        for layer in state:
+            for tensor in layer.values():
+                tensor.zero_()
+        with captured_with(edges):
+            hidden, after = self._model.hidden(self._tokens[:, :size], state, cu_seqlens=edges)
+        assert after is not None
+        # A sequence without tokens gets what stands before it.
+        last = (edges[1 : rows + 1] - 1).clamp(min=0)
+        self._hidden[:rows].copy_(hidden[0, last])
+        for own, read in zip(state, after, strict=True):
+            for name, tensor in own.items():
+                tensor.copy_(read[name])

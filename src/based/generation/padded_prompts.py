@@ -1,7 +1,7 @@
 """Short prompts in few shapes, each captured as a CUDA graph.
 
 Where prompts are short, their kernels cost a host longer than the GPU. Here tokens are padded to one of some sizes, by a sequence of their own that
-nobody reads, and sequences to one of two numbers, by sequences without tokens.
+nobody reads, and sequences to one of some numbers, by sequences without tokens.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from based.ops.packed import captured_with
 
 # Tokens. Of more a GPU needs longer than its host.
 SIZES = 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096
-# Sequences, where they are not as many as may be read together: each one costs a state.
-FEW = 8
+# Sequences: these, and as many as may be read together. Each one costs a state.
+ROWS = 8, 16, 32
 
 
 class PaddedPrompts:
@@ -33,7 +33,7 @@ class PaddedPrompts:
 
     def __init__(self, model: Decoder, rows: int) -> None:
         self._model, device = model, model.device
-        self._rows = sorted({min(FEW, rows), rows})
+        self._rows = [*(few for few in ROWS if few < rows), rows]
         self._tokens = torch.zeros(1, SIZES[-1], dtype=torch.long, device=device)
         self._edges = torch.zeros(rows + 2, dtype=torch.long, device=device)
         self._hidden = torch.zeros(

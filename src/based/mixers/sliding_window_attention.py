@@ -100,10 +100,10 @@ class SlidingWindowAttention(Mixer):
         length, (old_keys, old_values) = seen + k.shape[1], self._recent(state)
         k = torch.cat([old_keys.to(k.dtype), k], dim=1)
         v = torch.cat([old_values.to(v.dtype), v], dim=1)
-        token = self._held(length)
-        index = token - seen[:, None] + self.window - 1
-        newest = (_take(x, index.clamp(min=0)) for x in (k, v))
-        return self._attend(q, k, v, past=seen), _remember(index < 0, *newest, length, state)
+        index = self._held(length) - seen[:, None] + self.window - 1
+        keys, values = (_take(x, index.clamp(min=0)) for x in (k, v))
+        out = self._attend(q, k, v, past=seen)
+        return out, _remember(index < 0, keys, values, length, state)
 
     def _continue_packed(
         self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Int[Tensor, " E"], state: State

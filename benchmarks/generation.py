@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
+from statistics import median
 from typing import Annotated, Any, Literal
 
 import torch
@@ -36,7 +37,7 @@ from benchmarks.profile import profiled
 from benchmarks.rows import add_row, has_row
 
 NAME = "generation"
-WARMUP, PREFILL_ROWS = 8, 128
+WARMUP, TIMED, PREFILL_ROWS = 8, 15, 128
 # Tokens of a queued request: from the first on, less than the second.
 QUEUED = 64, 257
 Piece = Literal[
@@ -45,6 +46,7 @@ Piece = Literal[
     "profile",
     "generate",
     "queue",
+    "first",
     "kernels",
     "state",
     "huggingface",
@@ -62,6 +64,7 @@ class Options:
     """decode: rounds at a context. prompt: the same after a real prompt of that length. profile:
     a round's GPU time by kind of kernel. generate: whole requests, as the paper counts. queue: four
     times as many as there are slots, of 64 to 256 tokens each, so that prompts are read between.
+    first: until all of a batch of prompts, of a context's tokens each, have their first token.
     kernels: bytes a second of each decode kernel. state: the error of a state over many tokens.
     The others are peers; plot draws the rows."""
     models: tuple[str, ...] = ("based-1.3b",)
@@ -122,8 +125,8 @@ def cells(options: Options, device: torch.device) -> Cells:
         yield from floors.kernel_cells(options.batches, device)
     elif options.piece == "state":
         yield from floors.state_cells(options.contexts, device)
-    elif options.piece in ("decode", "prompt", "profile"):
-        make = _profile if options.piece == "profile" else _decode
+    elif options.piece in ("decode", "prompt", "profile", "first"):
+        make = {"profile": _profile, "first": _first}.get(options.piece, _decode)
         for model, context, batch in grid:
             key = {"system": "based", "model": model, "batch": batch, "context": context}
             yield {**key, **_dials(options)}, make(options, device, model, batch, context)
@@ -305,7 +308,9 @@ def _queue(options: Options, device: torch.device, name: str, batch: int) -> dic
             longest = max(longest, time.perf_counter() - round_began)
         return time.perf_counter() - began, longest
 
-    run()
+    # Prompts come together in other numbers each time, and each number has kernels to compile.
+    for _ in range(2):
+        run()
     seconds, longest = run()
     return {
         "requests": count,
@@ -314,6 +319,35 @@ def _queue(options: Options, device: torch.device, name: str, batch: int) -> dic
         "longest_round_ms": 1000 * longest,
         "peak_bytes": peak_bytes(device),
     }
+
+
+def _first(
+    options: Options, device: torch.device, name: str, batch: int, context: int
+) -> Callable[[], dict[str, Any]]:
+    def measure() -> dict[str, Any]:
+        model = build(name, device, options.window)
+        slots = max(batch, 8)
+        engine = Engine(model, replace(_config(options, slots, context + 1), step_sizes=(slots,)))
+        seconds = [_seconds_to_first(engine, batch, context) for _ in range(WARMUP + TIMED)]
+        seconds = seconds[WARMUP:]
+        return {
+            "ms": 1000 * median(seconds),
+            "slowest_ms": 1000 * max(seconds),
+            "tokens_per_second": batch * context / median(seconds),
+            "peak_bytes": peak_bytes(device),
+        }
+
+    return measure
+
+
+def _seconds_to_first(engine: Engine, batch: int, length: int) -> float:
+    prompts = torch.randint(engine.model.config.vocab_size, (batch, length)).tolist()
+    began = time.perf_counter()
+    for prompt in prompts:
+        engine.submit(prompt, Sampling(temperature=0.0, max_new_tokens=1))
+    while engine.busy:
+        engine.step()
+    return time.perf_counter() - began
 
 
 def synchronize(device: torch.device) -> None:

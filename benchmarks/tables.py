@@ -185,6 +185,19 @@ def _requests(row: dict[str, Any]) -> str:
     return f"{count:,} x {row['prompt']} + {new}"
 
 
+def first_token() -> str:
+    """Milliseconds until prompts that come together have their first tokens."""
+    rows = of_device([row for row in read_rows("generation") if row["piece"] == "first"])
+    rows = newest(rows, "model", "batch", "context")
+    cells = {(row["model"], row["batch"], row["context"]): row["ms"] for row in rows}
+    prompts = sorted({(batch, context) for _, batch, context in cells})
+    body = [
+        [model, *(f"{cells[model, *p]:,.1f}" if (model, *p) in cells else "-" for p in prompts)]
+        for model in sorted({model for model, _, _ in cells})
+    ]
+    return measured(["model", *(f"{n:,} x {tokens:,}" for n, tokens in prompts)], body, rows)
+
+
 def decode_profile() -> str:
     """GPU time of a step by kind of kernel."""
     rows = of_device([row for row in read_rows("generation") if row["piece"] == "profile"])
@@ -334,6 +347,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "generation": generation,
     "other_devices": other_devices,
     "whole_requests": whole_requests,
+    "first_token": first_token,
     "decode_profile": decode_profile,
     "quantization": quantization,
     "training": training,

@@ -1,7 +1,6 @@
 """What a GPU captures of a decode step, seen without one: launches on tensors without data.
 
-Tensors of the meta device have shapes alone: a step that looks at data, waits for the
-device or copies from the host is an error there, as it would be while a graph is captured.
+See `launches.py`.
 """
 
 from collections import Counter
@@ -10,8 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from launches import Launches
 
 from based.generation import EngineConfig
 from based.generation.step import DecodeStep
@@ -19,51 +17,8 @@ from based.mixers.taylor_linear_attention import TaylorLinearAttention
 from based.models import Decoder, preset
 from based.models.presets import PRESETS
 from based.ops.few_rows_linear import hopper
-from based.ops.token_sampling.decode import _sample_kernel
 
 PAGE = Path(__file__).parents[2] / "docs" / "generation.md"
-NO_LAUNCH = {
-    *("alias", "as_strided", "detach", "empty", "empty_like", "expand", "new_empty", "permute"),
-    *("select", "slice", "split", "split_with_sizes", "squeeze", "t", "transpose", "unbind"),
-    *("unsqueeze", "view", "_unsafe_view", "_reshape_alias", "lift_fresh"),
-}
-
-
-class Launches(TorchDispatchMode):
-    """Counts what would be nodes of a graph, and refuses tensors that are not on the device."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.nodes: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        tensors = [x for x in tree_leaves((args, kwargs)) if is_tensor(x)]
-        assert all(x.is_meta for x in tensors), f"{func} reads the host's memory"
-        name = func._schema.name.removeprefix("aten::")
-        if name not in NO_LAUNCH:
-            self.nodes[name] += 1
-        return func(*args, **(kwargs or {}))
-
-
-def is_tensor(x: object) -> bool:
-    return isinstance(x, torch.Tensor)
-
-
-@pytest.fixture
-def launches(monkeypatch) -> Launches:
-    """The kernels' path, each kernel a count."""
-    counted = Launches()
-
-    def launch(kernel, grid):
-        def called(*arguments, **options) -> None:
-            assert all(x.is_meta for x in arguments if is_tensor(x))
-            counted.nodes[kernel.fn.__name__] += 1
-
-        return called
-
-    monkeypatch.setattr("based.ops.kernels.INTERPRETING", True)
-    monkeypatch.setattr(type(_sample_kernel), "__getitem__", launch)
-    return counted
 
 
 def step_nodes(

@@ -7,7 +7,7 @@ import torch
 from test_engine import SAMPLED, alone, config, make, prompt, run, same_bits
 
 from based.generation import Engine, Generation, Sampling
-from based.models import Decoder
+from based.models import Decoder, preset
 from based.ops import kernels
 
 pytestmark = pytest.mark.gpu
@@ -139,3 +139,30 @@ def test_a_decode_step_never_waits_for_the_device(model) -> None:
         engine._launch()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_captured_prompt_is_read_to_the_same_bits() -> None:
+    """The first time it is not captured; other shapes, longer prompts among them, stand between."""
+    model = make("based-tiny").to("cuda", torch.bfloat16)
+    engine = Engine(model, config(slots=20, prefill_chunk=4096, prefill_rows=16))
+    assert engine._padded is not None
+    first = engine.submit(prompt(37), GREEDY)
+    run(engine, first)
+    for shape in ([37], [300, 1, 90], [700], [9] * 12, [37]):
+        others = [engine.submit(prompt(n, i), GREEDY) for i, n in enumerate(shape)]
+        run(engine, *others)
+    assert len(engine._padded._graphs) == 4
+    assert same_bits(others[0], first)
+    want = alone(model, prompt(37), GREEDY, config(slots=20, prefill_chunk=4096))
+    assert first.logprobs[0] == pytest.approx(want.logprobs[0], abs=0.1)
+
+
+def test_what_no_kernel_takes_is_read_as_it_is() -> None:
+    """Its PyTorch form looks at the boundaries of prompts, which no capture allows."""
+    torch.manual_seed(0)
+    options = {"taylor_linear_attention": {"num_heads": 2, "feature_dim": 6}}
+    small = replace(preset("based-tiny", vocab_size=60), mixer_options=options)
+    model = Decoder(small).to("cuda", torch.bfloat16)
+    engine = Engine(model, config(slots=8, prefill_rows=4))
+    assert engine._padded is None
+    run(engine, *(engine.submit(prompt(5 + n, n), GREEDY) for n in range(6)))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from based.errors import BasedError
+from based.generation.padded_prompts import PaddedPrompts
 from based.generation.pool import slot_bytes
 from based.generation.quantization import Precision
 from based.mixers.base import at_least_one
@@ -98,7 +99,10 @@ def _fitting(model: Decoder, config: EngineConfig) -> int:
 
 
 def _reading_bytes(model: Decoder, config: EngineConfig) -> int:
-    """The most memory that a call over prompts takes: measured, and the states of its rows."""
+    """The most memory that a call over prompts takes: measured, and the states of its rows.
+
+    Captured calls keep theirs: the states that they begin with and those that they hand over.
+    """
     before = torch.cuda.memory_allocated(model.device)
     torch.cuda.reset_peak_memory_stats(model.device)
     length = config.tokens_together(cuda=True)
@@ -107,4 +111,5 @@ def _reading_bytes(model: Decoder, config: EngineConfig) -> int:
         model.hidden(tokens, model.init_state(1, config.max_length))
     rows = config.prompts_together(cuda=True)
     states = rows * slot_bytes(model, length // rows)
-    return states + torch.cuda.max_memory_allocated(model.device) - before
+    kept = 2 * states if PaddedPrompts.reads(model) else 0
+    return states + kept + torch.cuda.max_memory_allocated(model.device) - before

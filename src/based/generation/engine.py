@@ -68,7 +68,7 @@ class Engine:
         per_prefill, waiting = self.config.decode_per_prefill, self.config.max_waiting
         self._scheduler = Scheduler(self._chunk, together, per_prefill, waiting)
         padded = graphs and PaddedPrompts.reads(model)
-        self._padded = PaddedPrompts(model, together) if padded else None
+        self._padded = PaddedPrompts(model, self._chunk, together) if padded else None
         self._running: dict[int, Generation] = {}
         self._reading: tuple[int, Generation] | None = None
         self._reports: list[Report] = []

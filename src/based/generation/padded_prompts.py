@@ -1,7 +1,8 @@
 """Short prompts in few shapes, each captured as a CUDA graph.
 
-Where prompts are short, their kernels cost a host longer than the GPU. Here tokens are padded to one of some sizes, by a sequence of their own that
-nobody reads, and sequences to one of some numbers, by sequences without tokens.
+Launching the kernels of a read takes a host some 40 ms, however short the prompts are; a GPU
+needs 5 for a few of them. So tokens are padded to one of some sizes, by a sequence of their
+own that nobody reads, and sequences to one of some numbers, by sequences without tokens.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from based.generation.sampling import to_device
 from based.models import Decoder, DecoderState
 from based.ops.packed import captured_with
 
-# Tokens. Of more a GPU needs longer than its host.
+# Tokens, up to as many as keep a GPU busy for as long as its host.
 SIZES = 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096
 # Sequences: these, and as many as may be read together. Each one costs a state.
 ROWS = 8, 16, 32
@@ -27,19 +28,19 @@ ROWS = 8, 16, 32
 class PaddedPrompts:
     """Reads whole prompts of a model whose mixers all allow it (`Mixer.captures_packed`).
 
-    A shape runs as it is the first time it is needed, which compiles its kernels, and is
-    captured the second time. So a prompt's bits do not depend on when it is read.
+    A shape runs as it is the first time it is needed, which compiles its kernels, and is captured
+    then: the first time has the same bits as any other.
     """
 
-    def __init__(self, model: Decoder, rows: int) -> None:
+    def __init__(self, model: Decoder, tokens: int, rows: int) -> None:
         self._model, device = model, model.device
+        most = min(tokens, SIZES[-1])
+        self._sizes = [*(size for size in SIZES if size < most), most]
         self._rows = [*(few for few in ROWS if few < rows), rows]
-        self._tokens = torch.zeros(1, SIZES[-1], dtype=torch.long, device=device)
+        self._tokens = torch.zeros(1, most, dtype=torch.long, device=device)
         self._edges = torch.zeros(rows + 2, dtype=torch.long, device=device)
-        self._hidden = torch.zeros(
-            rows, model.config.hidden_size, dtype=model.dtype, device=device
-        )
-        self._known: set[tuple[int, int]] = set()
+        shape = rows, model.config.hidden_size
+        self._hidden = torch.zeros(shape, dtype=model.dtype, device=device)
         self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
 
     @cached_property
@@ -56,13 +57,12 @@ class PaddedPrompts:
         """Whether these are few enough tokens, of sequences that begin here."""
         total = sum(len(generation.prompt) for generation in group)
         new = all(generation.carry is None for generation in group)
-        return new and total <= SIZES[-1] and len(group) <= self._rows[-1]
+        return new and total <= self._sizes[-1] and len(group) <= self._rows[-1]
 
-    @torch.no_grad()
     def read(self, group: Sequence[Generation]) -> tuple[Float[Tensor, "N C"], DecoderState]:
         """Their last hidden states and a row of the state for each, until the next call."""
         tokens = [token for generation in group for token in generation.prompt]
-        size = next(size for size in SIZES if size >= len(tokens))
+        size = next(size for size in self._sizes if size >= len(tokens))
         rows = next(rows for rows in self._rows if rows >= len(group))
         lengths = torch.tensor([0, *(len(generation.prompt) for generation in group)])
         edges = torch.full((rows + 2,), len(tokens))
@@ -75,18 +75,18 @@ class PaddedPrompts:
 
     def _play(self, size: int, rows: int) -> None:
         shape = size, rows
-        if not self._tokens.is_cuda or shape not in self._known:
-            self._run(size, rows)
-            self._known.add(shape)
+        if shape in self._graphs:
+            self._graphs[shape].replay()
             return
-        if shape not in self._graphs:
+        self._run(size, rows)
+        if self._tokens.is_cuda:
             graph = torch.cuda.CUDAGraph()
             memory = next((made.pool() for made in self._graphs.values()), None)
             with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
                 self._run(size, rows)
             self._graphs[shape] = graph
-        self._graphs[shape].replay()
 
+    @torch.no_grad()
     def _run(self, size: int, rows: int) -> None:
         edges, state = self._edges[: rows + 2].clone(), self._state.narrow(0, rows + 1)
         for layer in state:

@@ -7,9 +7,9 @@ from collections import deque
 from based.errors import BasedError
 from based.generation.request import Generation
 
-# Where steps are not counted, decoding has so many times as long as the call before took. A call
-# takes a GPU's host long, however few its prompts are: meanwhile more of them come together. Some
-# calls take much longer than the next ones will (kernels are compiled), so there is a last step.
+# Where steps are not counted, decoding has so many times as long as the call before took: meanwhile
+# more prompts come together, of which a call has less trouble each. Some calls take much longer
+# than the next ones will (kernels are compiled), so there is a last step.
 DECODE_PER_PREFILL, MOST_STEPS = 2.0, 64
 
 

@@ -49,8 +49,6 @@ class Mixer(nn.Module, ABC):
     undecayed: ClassVar[tuple[str, ...]] = ()
     #: Whether linear weights begin as the mixer made them, rather than as the model's others.
     own_init: ClassVar[bool] = False
-    #: Whether `mix_packed` never waits for a GPU, where kernels run: it can be captured then.
-    captures_packed: ClassVar[bool] = False
     #: Set while sequences are split over ranks (`based.training.context_parallel`).
     shard: Shard | None = None
 
@@ -86,6 +84,14 @@ class Mixer(nn.Module, ABC):
     ) -> tuple[Float[Tensor, "1 T C"], State | None]:
         """Parallel form over packed sequences; the state has a row for each."""
         return packing.mix_each_sequence(self, x, cu_seqlens, state)
+
+    @property
+    def captures_packed(self) -> bool:
+        """Whether `mix_packed` never waits for the GPU that the weights are on.
+
+        Then a CUDA graph can hold it. A CPU has nothing to wait for.
+        """
+        return False
 
     def forward(
         self,

@@ -14,7 +14,7 @@ from based.ops.few_rows_linear import (
     linear_convolution,
     norm_linear_convolution,
 )
-from based.ops.gated_short_convolution import gated_short_convolution
+from based.ops.gated_short_convolution import gated_short_convolution, has_kernels
 
 
 class GatedConvolution(Mixer):
@@ -22,8 +22,6 @@ class GatedConvolution(Mixer):
 
     The state is the last kernel_size - 1 inputs of the convolution.
     """
-
-    captures_packed = True
 
     def __init__(self, hidden_size: int, kernel_size: int = 3, expand: int = 2) -> None:
         super().__init__()
@@ -69,6 +67,10 @@ class GatedConvolution(Mixer):
         new = min(length, count)
         inputs = torch.cat([before["inputs"], after["inputs"][:, count - new :]], dim=1)
         return State(inputs=inputs[:, new:])
+
+    @property
+    def captures_packed(self) -> bool:
+        return has_kernels(self.conv_weight.shape[1], self.conv_weight)
 
     def step(self, x: Float[Tensor, "B C"], state: State) -> Float[Tensor, "B C"]:
         convolution = self.conv_weight, state["inputs"]

@@ -22,8 +22,6 @@ class SlidingWindowAttention(Mixer):
     `attention_dropout` and `bias` are those of `SoftmaxAttention`.
     """
 
-    captures_packed = True
-
     def __init__(
         self,
         hidden_size: int,
@@ -73,6 +71,10 @@ class SlidingWindowAttention(Mixer):
         out, after = self._continue_packed(*qkv, cu_seqlens, state)
         return self.out_proj(out.flatten(-2)), after
 
+    @property
+    def captures_packed(self) -> bool:
+        return True
+
     def step(self, x: Float[Tensor, "B C"], state: State) -> Float[Tensor, "B C"]:
         out = self._step(self.qkv_proj(x), state)
         state["length"] += 1
@@ -92,9 +94,7 @@ class SlidingWindowAttention(Mixer):
         frequencies = frequencies_on(qkv.device, self.head_dim, self.rotary_fraction)
         return attention_step(q, k, v, *cache, frequencies).flatten(-2)
 
-    def _continue(
-        self, q: Tensor, k: Tensor, v: Tensor, state: State
-    ) -> tuple[Tensor, State]:
+    def _continue(self, q: Tensor, k: Tensor, v: Tensor, state: State) -> tuple[Tensor, State]:
         """What the heads give after the state's tokens, and the next state."""
         seen = state["length"]
         length, (old_keys, old_values) = seen + k.shape[1], self._recent(state)

@@ -9,6 +9,7 @@ from based.mixers.state import State
 from based.ops.few_rows_linear import Projected, Residual, linear, norm_linears
 from based.ops.taylor_linear_attention import (
     fold_recent,
+    has_kernels,
     join_halves,
     num_features,
     split_halves,
@@ -26,8 +27,6 @@ class TaylorLinearAttention(Mixer):
     Per head: numerator `[F, head_dim]` and denominator `[F]` in float32, with
     F = 153 packed features at `feature_dim` 16. No bias, rotary or decay.
     """
-
-    captures_packed = True
 
     def __init__(self, hidden_size: int, num_heads: int = 16, feature_dim: int = 16) -> None:
         super().__init__()
@@ -97,6 +96,10 @@ class TaylorLinearAttention(Mixer):
             state["seen"].zero_()
         if "numerator_halves" in state:
             state["numerator"] = join_halves(state.pop("numerator_halves"))
+
+    @property
+    def captures_packed(self) -> bool:
+        return has_kernels(self.feature_dim, self.head_dim, self.q_proj.weight)
 
     def step(self, x: Float[Tensor, "B C"], state: State) -> Float[Tensor, "B C"]:
         out = self._step(self._project(x), state)

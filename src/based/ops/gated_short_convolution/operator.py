@@ -47,6 +47,11 @@ def _takes_kernel(projected: Tensor, weight: Tensor) -> bool:
     return reason is None
 
 
+def has_kernels(width: int, x: Tensor) -> bool:
+    """Whether a kernel computes calls in x's dtype where x is, if that is a GPU."""
+    return not x.is_cuda or (kernels.are_wanted(x) and _unsupported(width) is None)
+
+
 def _unsupported(width: int) -> str | None:
     """Why no kernel takes such a call; None if one does."""
     if width > LARGEST_WIDTH:

@@ -5,6 +5,7 @@ from based.ops.taylor_linear_attention.features import num_features
 from based.ops.taylor_linear_attention.halves import join as join_halves
 from based.ops.taylor_linear_attention.halves import split as split_halves
 from based.ops.taylor_linear_attention.operator import (
+    has_kernels,
     taylor_linear_attention,
     taylor_linear_attention_outputs,
 )
@@ -16,6 +17,7 @@ from based.ops.taylor_linear_attention.step import (
 
 __all__ = [
     "fold_recent",
+    "has_kernels",
     "join_halves",
     "num_features",
     "split_halves",

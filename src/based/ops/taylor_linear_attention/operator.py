@@ -61,11 +61,21 @@ def _takes_kernels(q: Tensor, v: Tensor) -> bool:
     # The kernels' own tests call them; the operator's compare its CPU form.
     if not q.is_cuda or not kernels.are_wanted(q):
         return False
-    room = kernels.shared_memory(q.device)
-    reason = _unsupported(q.shape[3], v.shape[3], q.dtype, room)
+    reason = _unsupported_on(q, q.shape[3], v.shape[3])
     if reason is not None:
         warn_once(f"Taylor linear attention takes the slower PyTorch path: {reason}")
     return reason is None
+
+
+def has_kernels(feature_dim: int, head_dim: int, x: Tensor) -> bool:
+    """Whether kernels compute calls in x's dtype where x is, if that is a GPU."""
+    return not x.is_cuda or (
+        kernels.are_wanted(x) and not _unsupported_on(x, feature_dim, head_dim)
+    )
+
+
+def _unsupported_on(x: Tensor, feature_dim: int, head_dim: int) -> str | None:
+    return _unsupported(feature_dim, head_dim, x.dtype, kernels.shared_memory(x.device))
 
 
 # Kilobytes of shared memory that `key_gradients`, which has most, takes before Hopper: with

@@ -1,0 +1,129 @@
+"""Prompts in few shapes: the same as packed prompts of any length, and nothing left over."""
+
+import pytest
+import torch
+from test_engine import SAMPLED, config, make, prompt, run
+
+from based.generation import Engine, Generation
+from based.generation.padded_prompts import PaddedPrompts
+from based.generation.prefill import read_together
+from based.models import Decoder, preset
+from based.models.presets import PRESETS
+from based.ops import packed
+from based.ops.gated_short_convolution import operator as convolution_operator
+from based.ops.gated_short_convolution import triton as convolution_kernels
+from based.ops.sliding_window_attention import operator as window_operator
+from based.ops.sliding_window_attention.kernels import launch as window_launch
+from based.ops.taylor_linear_attention import operator as taylor_operator
+from based.ops.taylor_linear_attention.kernels import launch as taylor_launch
+
+
+def group(*lengths: int) -> list[Generation]:
+    return [Generation(prompt(n, seed), SAMPLED) for seed, n in enumerate(lengths)]
+
+
+@pytest.mark.parametrize("name", ["based-tiny", "window-tiny"])
+def test_prompts_are_read_as_if_they_were_not_padded(name: str) -> None:
+    """One, many, short after long ones, and as many tokens and rows as there may be."""
+    model = make(name, torch.float64)
+    reader = PaddedPrompts(model, tokens=500, rows=20)
+    for lengths in ([300, 200], [5], [130], [1] * 20, [7, 1, 90], [128]):
+        prompts = group(*lengths)
+        assert reader.takes(prompts)
+        hidden, state = reader.read(prompts)
+        want, want_state = read_together(model, prompts)
+        torch.testing.assert_close(hidden, want, atol=1e-9, rtol=0)
+        for got, layer in zip(state, want_state, strict=True):
+            assert got.keys() == layer.keys()
+            for key in layer:
+                torch.testing.assert_close(got[key], layer[key], atol=1e-9, rtol=0)
+
+
+def test_what_it_does_not_take() -> None:
+    model = make()
+    reader = PaddedPrompts(model, tokens=100, rows=3)
+    assert reader.takes(group(50, 49, 1))
+    assert not reader.takes(group(50, 50, 1))
+    assert not reader.takes(group(1, 1, 1, 1))
+    (continued,) = group(5)
+    continued.carry = model.init_state(1)
+    assert not reader.takes([continued])
+    assert not PaddedPrompts.reads(make("attn-tiny"))
+
+
+def test_the_engine_s_requests_come_out_the_same(monkeypatch) -> None:
+    """Alone and together, longer than a chunk, and those that go on from a snapshot."""
+    model, settings = make(dtype=torch.float64), config(prefill_rows=4)
+    lengths = 3, 16, 15, 1, 40, 9, 5, 17, 2
+
+    def requests(padded: bool) -> list[Generation]:
+        engine = Engine(model, settings)
+        if padded:
+            reader = PaddedPrompts(model, tokens=16, rows=4)
+            monkeypatch.setattr(engine, "_padded", reader)
+        first = engine.submit(prompt(6), SAMPLED)
+        for _ in range(4):
+            engine.step()
+        kept = engine.snapshot(first)
+        made = [engine.submit(prompt(n, n), SAMPLED) for n in lengths]
+        made += [first, engine.submit(prompt(4), SAMPLED, after=kept)]
+        run(engine, *made)
+        return made
+
+    for got, want in zip(requests(True), requests(False), strict=True):
+        assert got.tokens == want.tokens
+        assert got.logprobs == pytest.approx(want.logprobs, abs=1e-9)
+
+
+def test_out_of_memory_gives_captured_shapes_up(monkeypatch) -> None:
+    model = make()
+    engine = Engine(model, config(prefill_rows=4))
+    reader = PaddedPrompts(model, tokens=16, rows=4)
+    monkeypatch.setattr(engine, "_padded", reader)
+
+    def read(prompts) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(reader, "read", read)
+    requests = [engine.submit(prompt(n, n), SAMPLED) for n in (3, 5)]
+    run(engine, *requests)
+    assert engine._padded is None
+    assert [request.finish_reason for request in requests] == ["length", "length"]
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name.startswith("based")])
+def test_no_read_looks_at_data(name: str, launches, monkeypatch) -> None:
+    """A read that waits for the device, or copies from the host, cannot be captured."""
+
+    def taylor(*arguments):
+        *results, states = taylor_launch.forward(*arguments)
+        return *results, *states
+
+    # Operators would show their shapes alone.
+    monkeypatch.setattr(taylor_operator, "_takes_kernels", lambda q, v: True)
+    monkeypatch.setattr(taylor_operator, "_forward", taylor)
+    monkeypatch.setattr(window_operator, "_forward", window_launch.forward)
+    monkeypatch.setattr(convolution_operator, "_forward", convolution_kernels.forward)
+    with torch.device("meta"):
+        model = Decoder(preset(name)).bfloat16()
+    assert PaddedPrompts.reads(model)
+    reader = PaddedPrompts(model, tokens=4096, rows=64)
+    reader._run(256, 8)  # fills caches, as the run before a capture does
+    launches.nodes.clear()
+    with launches:
+        reader._run(256, 8)
+    for kernel in ("sum_states", "attend", "window_outputs", "convolution_forward"):
+        assert launches.nodes[kernel] > 0
+
+
+def test_tables_of_a_capture_are_made_once(monkeypatch) -> None:
+    """And without a word of it anew for each layer: they would be of another capture."""
+    monkeypatch.setattr(packed, "_stays", lambda cu_seqlens: False)
+    edges = torch.tensor([0, 3, 7])
+    assert packed.positions(edges, 7) is not packed.positions(edges, 7)
+    with packed.captured_with(edges):
+        made = packed.positions(edges, 7)
+        assert packed.positions(edges, 7) is made
+        other = edges.clone()
+        assert packed.positions(other, 7) is not packed.positions(other, 7)
+    assert packed.positions(edges, 7) is not made

@@ -224,7 +224,7 @@ def _decode(
             "tokens_per_second": batch / seconds,
             "ms_per_step": 1000 * seconds,
             "start_seconds": ready,
-            "state_bytes": engine.pool.state.nbytes,
+            "state_bytes": engine.pool.state.narrow(0, batch).nbytes,
             "peak_bytes": peak_bytes(device),
             **floors.decode_floor(engine.model, batch, context, engine, device),
         }

@@ -157,6 +157,7 @@ def test_a_captured_prompt_is_read_to_the_same_bits() -> None:
     assert first.logprobs[0] == pytest.approx(want.logprobs[0], abs=0.1)
 
 
+@pytest.mark.filterwarnings("ignore:Taylor linear attention takes the slower")
 def test_what_no_kernel_takes_is_read_as_it_is() -> None:
     """Its PyTorch form looks at the boundaries of prompts, which no capture allows."""
     torch.manual_seed(0)

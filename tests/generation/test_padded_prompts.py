@@ -4,8 +4,9 @@ import pytest
 import torch
 from test_engine import SAMPLED, config, make, prompt, run
 
-from based.generation import Engine, Generation
+from based.generation import Engine, EngineConfig, Generation
 from based.generation.padded_prompts import PaddedPrompts
+from based.generation.pool import StatePool
 from based.generation.prefill import read_together
 from based.models import Decoder, preset
 from based.models.presets import PRESETS
@@ -26,22 +27,27 @@ def group(*lengths: int) -> list[Generation]:
 def test_prompts_are_read_as_if_they_were_not_padded(name: str) -> None:
     """One, many, short after long ones, and as many tokens and rows as there may be."""
     model = make(name, torch.float64)
-    reader = PaddedPrompts(model, tokens=500, rows=20)
+    pool = StatePool(model, 20, 0, spare=True)
+    reader = PaddedPrompts(model, pool, tokens=500, rows=20)
     for lengths in ([300, 200], [5], [130], [1] * 20, [7, 1, 90], [128]):
         prompts = group(*lengths)
         assert reader.takes(prompts)
-        hidden, state = reader.read(prompts)
+        slots = torch.randperm(20)[: len(prompts)].tolist()
+        before = pool.state.clone()
+        hidden = reader.read(slots, prompts)
         want, want_state = read_together(model, prompts)
         torch.testing.assert_close(hidden, want, atol=1e-9, rtol=0)
-        for got, layer in zip(state, want_state, strict=True):
+        others = [slot for slot in range(20) if slot not in slots]
+        for got, layer, old in zip(pool.state, want_state, before, strict=True):
             assert got.keys() == layer.keys()
             for key in layer:
-                torch.testing.assert_close(got[key], layer[key], atol=1e-9, rtol=0)
+                torch.testing.assert_close(got[key][slots], layer[key], atol=1e-9, rtol=0)
+                assert torch.equal(got[key][others], old[key][others])
 
 
 def test_what_it_does_not_take() -> None:
     model = make()
-    reader = PaddedPrompts(model, tokens=100, rows=3)
+    reader = PaddedPrompts(model, StatePool(model, 3, 0, spare=True), tokens=100, rows=3)
     assert reader.takes(group(50, 49, 1))
     assert not reader.takes(group(50, 50, 1))
     assert not reader.takes(group(1, 1, 1, 1))
@@ -51,7 +57,7 @@ def test_what_it_does_not_take() -> None:
     assert not PaddedPrompts.reads(make("attn-tiny"))
 
 
-def test_the_engine_s_requests_come_out_the_same(monkeypatch) -> None:
+def test_the_engine_s_requests_come_out_the_same() -> None:
     """Alone and together, longer than a chunk, and those that go on from a snapshot."""
     model, settings = make(dtype=torch.float64), config(prefill_rows=4)
     lengths = 3, 16, 15, 1, 40, 9, 5, 17, 2
@@ -59,8 +65,10 @@ def test_the_engine_s_requests_come_out_the_same(monkeypatch) -> None:
     def requests(padded: bool) -> list[Generation]:
         engine = Engine(model, settings)
         if padded:
-            reader = PaddedPrompts(model, tokens=16, rows=4)
-            monkeypatch.setattr(engine, "_padded", reader)
+            pool = StatePool(model, 4, 256, settings.recent, spare=True)
+            # The engine's slots are the pool's first rows.
+            engine.pool, engine._decode._views = pool, {4: pool.state.narrow(0, 4)}
+            engine._padded = PaddedPrompts(model, pool, tokens=16, rows=4)
         first = engine.submit(prompt(6), SAMPLED)
         for _ in range(4):
             engine.step()
@@ -78,10 +86,10 @@ def test_the_engine_s_requests_come_out_the_same(monkeypatch) -> None:
 def test_out_of_memory_gives_captured_shapes_up(monkeypatch) -> None:
     model = make()
     engine = Engine(model, config(prefill_rows=4))
-    reader = PaddedPrompts(model, tokens=16, rows=4)
+    reader = PaddedPrompts(model, engine.pool, tokens=16, rows=4)
     monkeypatch.setattr(engine, "_padded", reader)
 
-    def read(prompts) -> None:
+    def read(*_: object) -> None:
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(reader, "read", read)
@@ -107,7 +115,8 @@ def test_no_read_looks_at_data(name: str, launches, monkeypatch) -> None:
     with torch.device("meta"):
         model = Decoder(preset(name)).bfloat16()
     assert PaddedPrompts.reads(model)
-    reader = PaddedPrompts(model, tokens=4096, rows=64)
+    pool = StatePool(model, 128, 0, EngineConfig.recent, spare=True)
+    reader = PaddedPrompts(model, pool, tokens=4096, rows=64)
     reader._run(256, 8)  # fills caches, as the run before a capture does
     launches.nodes.clear()
     with launches:

@@ -101,7 +101,7 @@ def _fitting(model: Decoder, config: EngineConfig) -> int:
 def _reading_bytes(model: Decoder, config: EngineConfig) -> int:
     """The most memory that a call over prompts takes: measured, and the states of its rows.
 
-    Captured calls keep theirs: the states that they begin with and those that they hand over.
+    Captured calls keep up to as much for themselves.
     """
     before = torch.cuda.memory_allocated(model.device)
     torch.cuda.reset_peak_memory_stats(model.device)
@@ -111,5 +111,5 @@ def _reading_bytes(model: Decoder, config: EngineConfig) -> int:
         model.hidden(tokens, model.init_state(1, config.max_length))
     rows = config.prompts_together(cuda=True)
     states = rows * slot_bytes(model, length // rows)
-    kept = 2 * states if PaddedPrompts.reads(model) else 0
-    return states + kept + torch.cuda.max_memory_allocated(model.device) - before
+    needed = states + torch.cuda.max_memory_allocated(model.device) - before
+    return 2 * needed if PaddedPrompts.reads(model) else needed

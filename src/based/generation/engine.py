@@ -56,7 +56,8 @@ class Engine:
         graphs = cuda and use_kernels(model.embedding.weight)
         slots = slot_count(model, self.config)
         self._one_shape = self.config.deterministic or not cuda
-        self.pool = StatePool(model, slots, self.config.max_length, self.config.recent)
+        padded, room = graphs and PaddedPrompts.reads(model), self.config.max_length
+        self.pool = StatePool(model, slots, room, self.config.recent, spare=padded)
         sizes = [slots] if self._one_shape else step_sizes(slots, self.config.step_sizes)
         if self.config.quantize is not None:
             quantize_step(model, self.config.quantize)
@@ -67,8 +68,7 @@ class Engine:
         together = min(slots, self.config.prompts_together(cuda))
         per_prefill, waiting = self.config.decode_per_prefill, self.config.max_waiting
         self._scheduler = Scheduler(self._chunk, together, per_prefill, waiting)
-        padded = graphs and PaddedPrompts.reads(model)
-        self._padded = PaddedPrompts(model, self._chunk, together) if padded else None
+        self._padded = PaddedPrompts(model, self.pool, self._chunk, together) if padded else None
         self._running: dict[int, Generation] = {}
         self._reading: tuple[int, Generation] | None = None
         self._reports: list[Report] = []
@@ -247,10 +247,11 @@ class Engine:
         """Reads whole prompts together or, where memory does not suffice, one by one."""
         with suppress(torch.OutOfMemoryError):
             if self._padded is not None and self._takes_padded(group):
-                read = self._padded.read(group)
+                hidden = self._padded.read(rows, group)
             else:
-                read = read_together(self.model, group)
-            self._begin(rows, group, *read)
+                hidden, state = read_together(self.model, group)
+                self.pool.load(rows, state)
+            self._begin(rows, group, hidden)
             return
         # Only here is the memory of the failed call free, and that of captured ones given up.
         self._padded = None
@@ -270,16 +271,14 @@ class Engine:
         if generation.fed == len(generation.prompt):
             assert generation.carry is not None
             self._reading = None
-            self._begin([row], [generation], hidden, generation.carry)
+            self.pool.load([row], generation.carry)
             generation.carry = None
+            self._begin([row], [generation], hidden)
 
-    def _begin(
-        self, rows: list[int], group: list[Generation], hidden: Tensor, state: DecoderState
-    ) -> None:
-        """Draws the first token of each, and puts those that go on into their slots."""
+    def _begin(self, rows: list[int], group: list[Generation], hidden: Tensor) -> None:
+        """Draws the first token of each; its state is in its slot."""
         options = self._options(group)
         drawn = sample_tokens(self.model.logits(hidden), options)
-        self.pool.load(rows, state)
         self._decode.set_rows(rows, drawn.tokens, options)
         self._report(drawn.to_host(), dict(enumerate(group)))
         self._running |= zip(rows, group, strict=True)

@@ -8,15 +8,15 @@ own that nobody reads, and sequences to one of some numbers, by sequences withou
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from based.generation.pool import StatePool
 from based.generation.request import Generation
 from based.generation.sampling import to_device
-from based.models import Decoder, DecoderState
+from based.models import Decoder
 from based.ops.packed import captured_with
 
 # Tokens, up to as many as keep a GPU busy for as long as its host.
@@ -26,27 +26,24 @@ ROWS = 8, 16, 32
 
 
 class PaddedPrompts:
-    """Reads whole prompts of a model whose mixers all allow it (`Mixer.captures_packed`).
+    """Reads whole prompts into slots, of a model whose mixers allow it (`Mixer.captures_packed`).
 
     A shape runs as it is the first time it is needed, which compiles its kernels, and is captured
     then: the first time has the same bits as any other.
     """
 
-    def __init__(self, model: Decoder, tokens: int, rows: int) -> None:
-        self._model, device = model, model.device
+    def __init__(self, model: Decoder, pool: StatePool, tokens: int, rows: int) -> None:
+        self._model, self._pool, device = model, pool, model.device
         most = min(tokens, SIZES[-1])
         self._sizes = [*(size for size in SIZES if size < most), most]
         self._rows = [*(few for few in ROWS if few < rows), rows]
+        # A sequence more has the padding; it stands after those in use.
         self._tokens = torch.zeros(1, most, dtype=torch.long, device=device)
         self._edges = torch.zeros(rows + 2, dtype=torch.long, device=device)
+        self._slots = torch.zeros(rows + 1, dtype=torch.long, device=device)
         shape = rows, model.config.hidden_size
         self._hidden = torch.zeros(shape, dtype=model.dtype, device=device)
         self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
-
-    @cached_property
-    def _state(self) -> DecoderState:
-        # One sequence more has the padding; it stands after those in use.
-        return self._model.init_state(self._rows[-1] + 1)
 
     @staticmethod
     def reads(model: Decoder) -> bool:
@@ -59,19 +56,24 @@ class PaddedPrompts:
         new = all(generation.carry is None for generation in group)
         return new and total <= self._sizes[-1] and len(group) <= self._rows[-1]
 
-    def read(self, group: Sequence[Generation]) -> tuple[Float[Tensor, "N C"], DecoderState]:
-        """Their last hidden states and a row of the state for each, until the next call."""
+    def read(self, slots: Sequence[int], group: Sequence[Generation]) -> Float[Tensor, "N C"]:
+        """Loads their states into these slots; their last hidden states, until the next call."""
         tokens = [token for generation in group for token in generation.prompt]
         size = next(size for size in self._sizes if size >= len(tokens))
         rows = next(rows for rows in self._rows if rows >= len(group))
         lengths = torch.tensor([0, *(len(generation.prompt) for generation in group)])
         edges = torch.full((rows + 2,), len(tokens))
         edges[: len(lengths)], edges[-1] = lengths.cumsum(0), size
-        device = self._tokens.device
-        self._edges[: rows + 2].copy_(to_device(edges, device))
-        self._tokens[0, : len(tokens)].copy_(to_device(torch.tensor(tokens), device))
+        places = torch.full((rows + 1,), self._pool.slots)
+        places[: len(group)] = torch.tensor(slots)
+        for held, given in (
+            (self._tokens[0], torch.tensor(tokens)),
+            (self._edges, edges),
+            (self._slots, places),
+        ):
+            held[: len(given)].copy_(to_device(given, held.device))
         self._play(size, rows)
-        return self._hidden[: len(group)], self._state.narrow(0, len(group))
+        return self._hidden[: len(group)]
 
     def _play(self, size: int, rows: int) -> None:
         shape = size, rows
@@ -88,16 +90,11 @@ class PaddedPrompts:
 
     @torch.no_grad()
     def _run(self, size: int, rows: int) -> None:
-        edges, state = self._edges[: rows + 2].clone(), self._state.narrow(0, rows + 1)
-        for layer in state:
-            for tensor in layer.values():
-                tensor.zero_()
+        edges, state = self._edges[: rows + 2].clone(), self._model.init_state(rows + 1)
         with captured_with(edges):
             hidden, after = self._model.hidden(self._tokens[:, :size], state, cu_seqlens=edges)
         assert after is not None
+        self._pool.load_at(self._slots[: rows + 1], after)
         # A sequence without tokens gets what stands before it.
         last = (edges[1 : rows + 1] - 1).clamp(min=0)
         self._hidden[:rows].copy_(hidden[0, last])
-        for own, read in zip(state, after, strict=True):
-            for name, tensor in own.items():
-                tensor.copy_(read[name])

@@ -12,6 +12,8 @@ import math
 from collections.abc import Sequence
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from based.errors import BasedError
 from based.generation.sampling import to_device
@@ -20,12 +22,17 @@ from based.models import Decoder, DecoderState
 
 
 class StatePool:
-    """`slots` rows of the model's state, each with room for `length` tokens where states grow."""
+    """`slots` rows of the model's state, each with room for `length` tokens where states grow.
 
-    def __init__(self, model: Decoder, slots: int, length: int, recent: int = 0) -> None:
+    With a spare row, number `slots`, what is loaded there is lost.
+    """
+
+    def __init__(
+        self, model: Decoder, slots: int, length: int, recent: int = 0, *, spare: bool = False
+    ) -> None:
         self.slots, self._model, self._length = slots, model, length
         try:
-            self.state = model.init_state(slots, length, recent)
+            self.state = model.init_state(slots + spare, length, recent)
         except (torch.OutOfMemoryError, RuntimeError) as error:
             needed = slots * slot_bytes(model, length, recent)
             raise BasedError(
@@ -55,7 +62,10 @@ class StatePool:
 
         States that grow may have less room there: what is beyond becomes zeros.
         """
-        index = to_device(torch.tensor(list(rows)), self._model.device)
+        self.load_at(to_device(torch.tensor(list(rows)), self._model.device), states)
+
+    def load_at(self, index: Int[Tensor, " N"], states: DecoderState) -> None:
+        """As `load`, of rows that the device knows of."""
         for mixer, layer, given in zip(self._model.mixers(), self.state, states, strict=True):
             if not layer.keys() <= given.keys():
                 given = mixer.defer(given)

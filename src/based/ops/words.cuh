@@ -1,4 +1,5 @@
-// What kernels in CUDA C++ and their emulation on a CPU have in common: types, and words of bits.
+// What kernels in CUDA C++ and their emulation on a CPU have in common: types, words of bits, and a norm's
+// division.
 
 typedef unsigned short u16;
 typedef unsigned int u32;
@@ -20,4 +21,12 @@ __device__ __forceinline__ u32 added(u32 a, u32 b) { return pack(low(a) + low(b)
 // 32. `outer` and `group` are bytes: between panels of columns, and between groups of 8 rows.
 template <int SWIZZLE> __device__ __forceinline__ u64 descriptor(u32 shared, u32 outer, u32 group) {
     return (u64)(shared >> 4 & 0x3FFF) | (u64)(outer >> 4) << 16 | (u64)(group >> 4) << 32 | (u64)SWIZZLE << 62;
+}
+
+// 1 / rms of C channels, of whose sums of squares, of 64 each, there is one every `rows`.
+template <int C> __device__ __forceinline__ float inverse_rms(const float* squares, i64 rows, float eps) {
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < C / 64; i++, squares += rows) sum += *squares;
+    return rsqrtf(sum * (1.f / C) + eps);
 }

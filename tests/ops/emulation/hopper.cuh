@@ -26,6 +26,7 @@
 
 inline float __uint_as_float(unsigned bits) { float x; std::memcpy(&x, &bits, 4); return x; }
 inline unsigned __float_as_uint(float x) { unsigned bits; std::memcpy(&bits, &x, 4); return bits; }
+inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 #include "words.cuh"
 
 using std::max;
@@ -117,7 +118,6 @@ template <class T> T __shfl_xor_sync(u32 mask, T value, int with) {
 
 inline float power_of_e(float x) { return std::exp(x); }
 inline float silu(float x) { return x / (1 + std::exp(-x)); }
-inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 
 inline u16 rounded(float x) {
     const u32 bits = __float_as_uint(x);

@@ -173,13 +173,8 @@ struct Program {
     // 1 / rms of this program's rows into its scratch, by a warp of its own.
     __device__ __forceinline__ void find_scales(const float* squares, float eps, i64 rows) const {
         begin();
-        for (int row = lane; row < OWN && part * OWN + row < rows; row += 32) {
-            const float* from = squares + part * OWN + row;
-            float sum = 0;
-#pragma unroll
-            for (int i = 0; i < C / LANES; i++, from += rows) sum += *from;
-            store4(own + 4 * row, __float_as_uint(rsqrtf(sum * (1.f / C) + eps)));
-        }
+        for (int row = lane; row < OWN && part * OWN + row < rows; row += 32)
+            store4(own + 4 * row, __float_as_uint(inverse_rms<C>(squares + part * OWN + row, rows, eps)));
         named_arrive(SCALES, WARPS * 32 + 32);
     }
 };

@@ -59,12 +59,8 @@ struct Program {
     // 1 / rms of x's rows, by a warp of its own.
     __device__ __forceinline__ void find_scales(const float* squares, float eps, i64 rows) const {
         wait_for_previous();
-        for (int row = lane; row < rows; row += 32) {
-            float sum = 0;
-#pragma unroll
-            for (int i = 0; i < C / LANES; i++) sum += squares[i * rows + row];
-            store4(memory + SCALES + 4 * row, __float_as_uint(rsqrtf(sum * (1.f / C) + eps)));
-        }
+        for (int row = lane; row < rows; row += 32)
+            store4(memory + SCALES + 4 * row, __float_as_uint(inverse_rms<C>(squares + row, rows, eps)));
         named_arrive(SCALED, WARPS * 32 + 32);
     }
 

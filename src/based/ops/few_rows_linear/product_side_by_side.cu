@@ -7,9 +7,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 64, 1) product_side_by
     const __grid_constant__ TensorMap third, const float* squares, const u16* bias, u16* out, float eps, i64 rows) {
     extern __shared__ unsigned char memory[];
     const Program program(address(memory));
-    int tile = program.tile, at = tile * 64;
-    const TensorMap& w = at < SECOND ? first : at < THIRD ? second : third;
-    const int block = (at - (at < SECOND ? 0 : at < THIRD ? SECOND : THIRD)) / 16;
+    int at = program.tile * 64, begins = at < SECOND ? 0 : at < THIRD ? SECOND : THIRD, block = (at - begins) / 16;
+    const TensorMap& w = begins == 0 ? first : begins == SECOND ? second : third;
     if (program.feeds()) program.start(x, w, block);
     // Two neighbouring outputs, by two rows of each eight.
     int n = at + program.warp * 16 + program.lane / 4 * 2, real = (int)rows - program.row();

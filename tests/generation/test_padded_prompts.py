@@ -5,6 +5,7 @@ import torch
 from test_engine import SAMPLED, config, make, prompt, run
 
 from based.generation import Engine, EngineConfig, Generation
+from based.generation import engine as engine_module
 from based.generation.padded_prompts import PaddedPrompts
 from based.generation.pool import StatePool
 from based.generation.prefill import read_together
@@ -81,6 +82,26 @@ def test_the_engine_s_requests_come_out_the_same() -> None:
     for got, want in zip(requests(True), requests(False), strict=True):
         assert got.tokens == want.tokens
         assert got.logprobs == pytest.approx(want.logprobs, abs=1e-9)
+
+
+def test_compiling_changes_no_slot(monkeypatch) -> None:
+    """On a GPU an engine begins with it."""
+    model = make()
+    engine = Engine(model, config(prefill_rows=4))
+    pool = StatePool(model, 4, 256, config().recent, spare=True)
+    monkeypatch.setattr(engine, "_padded", PaddedPrompts(model, pool, tokens=16, rows=4))
+    drawn = []
+    draw = engine_module.sample_tokens
+
+    def counted(logits, options):
+        drawn.append(len(logits))
+        return draw(logits, options)
+
+    monkeypatch.setattr(engine_module, "sample_tokens", counted)
+    engine._compile(4)
+    assert sorted(drawn) == [1, 4]
+    assert not any(tensor[:4].any() for layer in pool.state for tensor in layer.values())
+    assert pool.state[1]["numerator"][4].any()
 
 
 def test_out_of_memory_gives_captured_shapes_up(monkeypatch) -> None:

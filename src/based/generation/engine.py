@@ -72,6 +72,18 @@ class Engine:
         self._running: dict[int, Generation] = {}
         self._reading: tuple[int, Generation] | None = None
         self._reports: list[Report] = []
+        if graphs:
+            self._compile(together)
+
+    @torch.no_grad()
+    def _compile(self, together: int) -> None:
+        """Kernels that a first prompt would wait for: of a read, of one first draw and of many."""
+        if self._padded is not None:
+            self._padded.compile()
+        embedding = self.model.embedding.weight
+        for rows in {1, together}:
+            options = self._options([Generation([0], Sampling())] * rows)
+            sample_tokens(self.model.logits(embedding[:1].expand(rows, -1)), options)
 
     def submit(
         self,

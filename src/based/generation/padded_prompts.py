@@ -15,7 +15,7 @@ from torch import Tensor
 
 from based.generation.pool import StatePool
 from based.generation.request import Generation
-from based.generation.sampling import to_device
+from based.generation.sampling import Sampling, to_device
 from based.models import Decoder
 from based.ops.packed import captured_with
 
@@ -49,6 +49,10 @@ class PaddedPrompts:
     def reads(model: Decoder) -> bool:
         """Whether it can be made for such a model."""
         return all(mixer.captures_packed for mixer in model.mixers())
+
+    def compile(self) -> None:
+        """Reads a token, so that no request waits for the kernels of a read."""
+        self.read([self._pool.slots], [Generation([0], Sampling())])
 
     def takes(self, group: Sequence[Generation]) -> bool:
         """Whether these are few enough tokens, of sequences that begin here."""

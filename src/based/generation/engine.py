@@ -245,21 +245,22 @@ class Engine:
             if not group:
                 return False
             rows = [self.pool.acquire() for _ in group]
-            if len(group) > 1 or self._takes_padded(group):
+            if len(group) > 1 or self._padded_for(group) is not None:
                 self._read_group(rows, group)
                 return True
             self._reading = (rows[0], group[0])
         self._read_on()
         return True
 
-    def _takes_padded(self, group: list[Generation]) -> bool:
-        return self._padded is not None and self._padded.takes(group)
+    def _padded_for(self, group: list[Generation]) -> PaddedPrompts | None:
+        """What reads these in a captured shape, if anything does."""
+        return self._padded if self._padded is not None and self._padded.takes(group) else None
 
     def _read_group(self, rows: list[int], group: list[Generation]) -> None:
         """Reads whole prompts together or, where memory does not suffice, one by one."""
         with suppress(torch.OutOfMemoryError):
-            if self._padded is not None and self._takes_padded(group):
-                hidden = self._padded.read(rows, group)
+            if (padded := self._padded_for(group)) is not None:
+                hidden = padded.read(rows, group)
             else:
                 hidden, state = read_together(self.model, group)
                 self.pool.load(rows, state)

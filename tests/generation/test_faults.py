@@ -137,14 +137,14 @@ def test_a_prompt_too_large_for_memory_ends_alone(monkeypatch) -> None:
     """Memory runs out at seven prompts together, and for one of them even alone."""
     model = make()
     engine = Engine(model, config(slots=8, prefill_chunk=128, prefill_rows=8))
-    hidden = model.hidden
+    embed = model._embed
 
-    def limited(tokens, *arguments, **options):
-        if tokens.shape[1] > 60:
+    def limited(tokens):
+        if tokens.shape[-1] > 60:
             raise torch.OutOfMemoryError("out of memory")
-        return hidden(tokens, *arguments, **options)
+        return embed(tokens)
 
-    monkeypatch.setattr(model, "hidden", limited)
+    monkeypatch.setattr(model, "_embed", limited)
     requests = [engine.submit(prompt(n, n), SAMPLED) for n in (10, 10, 70, 10, 10, 10)]
     run(engine, *requests)
     reasons = [request.finish_reason for request in requests]
@@ -284,14 +284,17 @@ def test_the_one_by_one_reading_after_a_failed_call_has_its_memory_back(monkeypa
     class Activations:
         pass
 
-    def limited(tokens, *arguments, **options):
+    def together(*_: object) -> None:
         activations = Activations()
         alive.append(weakref.ref(activations))
-        if options:
-            raise torch.OutOfMemoryError("out of memory")
-        assert alive[0]() is None
-        return hidden(tokens, *arguments, **options)
+        raise torch.OutOfMemoryError("out of memory")
 
-    monkeypatch.setattr(model, "hidden", limited)
+    def one_by_one(*arguments):
+        alive.append(alive[0])
+        assert alive[0]() is None
+        return hidden(*arguments)
+
+    monkeypatch.setattr(model, "begin_packed", together)
+    monkeypatch.setattr(model, "hidden", one_by_one)
     run(engine, *(engine.submit(prompt(5), SAMPLED) for _ in range(3)))
     assert len(alive) == 4

@@ -241,6 +241,19 @@ def test_padded_is_unpadded(name, options) -> None:
 
 
 @every_mixer
+def test_what_begins_packed_is_what_goes_on_from_nothing(name, options) -> None:
+    """Sequences without tokens, of one, and longer than windows and convolutions."""
+    mixer, edges = make(name, options), torch.tensor([0, 0, 1, 20, 20, 23, 40, 40])
+    x = inputs(batch=1, length=40)
+    got, state = mixer.begin_packed(x, edges)
+    want, after = mixer(x, mixer.init_state(7), edges)
+    assert_same(got, want)
+    assert state.keys() == after.keys()
+    follow = inputs(batch=7, length=9)
+    assert_same(by_steps(mixer, follow, state), by_steps(mixer, follow, after))
+
+
+@every_mixer
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_measured_state_bytes_are_the_declared_ones(name, options, dtype) -> None:
     mixer = make(name, options, dtype)

@@ -94,10 +94,9 @@ class PaddedPrompts:
 
     @torch.no_grad()
     def _run(self, size: int, rows: int) -> None:
-        edges, state = self._edges[: rows + 2].clone(), self._model.init_state(rows + 1)
+        edges = self._edges[: rows + 2].clone()
         with captured_with(edges):
-            hidden, after = self._model.hidden(self._tokens[:, :size], state, cu_seqlens=edges)
-        assert after is not None
+            hidden, after = self._model.begin_packed(self._tokens[:, :size], edges)
         self._pool.load_at(self._slots[: rows + 1], after)
         # A sequence without tokens gets what stands before it.
         last = (edges[1 : rows + 1] - 1).clamp(min=0)

@@ -62,8 +62,5 @@ def read_together(
     lengths = torch.tensor([0, *(len(generation.prompt) for generation in group)])
     edges = to_device(lengths.cumsum(0), model.device)
     tokens = torch.tensor([[token for generation in group for token in generation.prompt]])
-    longest = max(len(generation.prompt) for generation in group)
-    state = model.init_state(len(group), longest)
-    hidden, state = model.hidden(to_device(tokens, model.device), state, cu_seqlens=edges)
-    assert state is not None
+    hidden, state = model.begin_packed(to_device(tokens, model.device), edges)
     return hidden[0, edges[1:] - 1], state

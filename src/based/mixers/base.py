@@ -85,9 +85,17 @@ class Mixer(nn.Module, ABC):
         """Parallel form over packed sequences; the state has a row for each."""
         return packing.mix_each_sequence(self, x, cu_seqlens, state)
 
+    def begin_packed(
+        self, x: Float[Tensor, "1 T C"], cu_seqlens: Int[Tensor, " E"]
+    ) -> tuple[Float[Tensor, "1 T C"], State]:
+        """`mix_packed` of sequences that begin here, and the state that each one leaves."""
+        y, after = self.mix_packed(x, cu_seqlens, self.init_state(len(cu_seqlens) - 1))
+        assert after is not None
+        return y, after
+
     @property
     def captures_packed(self) -> bool:
-        """Whether `mix_packed` never waits for the GPU that the weights are on.
+        """Whether `begin_packed` never waits for the GPU that the weights are on.
 
         Then a CUDA graph can hold it. A CPU has nothing to wait for.
         """

@@ -14,7 +14,11 @@ from based.ops.few_rows_linear import (
     linear_convolution,
     norm_linear_convolution,
 )
-from based.ops.gated_short_convolution import gated_short_convolution, has_kernels
+from based.ops.gated_short_convolution import (
+    gated_short_convolution,
+    has_kernels,
+    last_inputs,
+)
 
 
 class GatedConvolution(Mixer):
@@ -47,6 +51,15 @@ class GatedConvolution(Mixer):
         state: State | None = None,
     ) -> tuple[Float[Tensor, "1 T C"], State | None]:
         return self._mix(x, cu_seqlens, state)
+
+    def begin_packed(
+        self, x: Float[Tensor, "1 T C"], cu_seqlens: Int[Tensor, " E"]
+    ) -> tuple[Float[Tensor, "1 T C"], State]:
+        projected = self.in_proj(x)
+        weight = self.conv_weight.to(projected.dtype)
+        y, _ = gated_short_convolution(projected, weight, cu_seqlens=cu_seqlens)
+        inputs = projected[..., : self.inner_size]
+        return self.out_proj(y), State(inputs=last_inputs(inputs, cu_seqlens, weight.shape[1] - 1))
 
     def _mix(
         self, x: Tensor, cu_seqlens: Tensor | None, state: State | None

@@ -71,6 +71,17 @@ class SlidingWindowAttention(Mixer):
         out, after = self._continue_packed(*qkv, cu_seqlens, state)
         return self.out_proj(out.flatten(-2)), after
 
+    def begin_packed(
+        self, x: Float[Tensor, "1 T C"], cu_seqlens: Int[Tensor, " E"]
+    ) -> tuple[Float[Tensor, "1 T C"], State]:
+        q, k, v = self._project(x, positions(cu_seqlens, x.shape[1])[None])
+        out = self._attend(q, k, v, cu_seqlens=cu_seqlens)
+        length = cu_seqlens.diff()
+        token = self._held(length)
+        index, there = (cu_seqlens[:-1, None] + token).clamp(min=0), (token >= 0)[..., None, None]
+        keys, values = (torch.where(there, y[0, index], 0) for y in (k, v))
+        return self.out_proj(out.flatten(-2)), State(keys=keys, values=values, length=length)
+
     @property
     def captures_packed(self) -> bool:
         return True

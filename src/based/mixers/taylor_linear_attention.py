@@ -58,6 +58,12 @@ class TaylorLinearAttention(Mixer):
     ) -> tuple[Float[Tensor, "1 T C"], State | None]:
         return self._mix(x, cu_seqlens, state)
 
+    def begin_packed(
+        self, x: Float[Tensor, "1 T C"], cu_seqlens: Int[Tensor, " E"]
+    ) -> tuple[Float[Tensor, "1 T C"], State]:
+        out, *after = taylor_linear_attention(*self._project(x), cu_seqlens=cu_seqlens)
+        return self.out_proj(out.flatten(-2)), State(numerator=after[0], denominator=after[1])
+
     def _mix(
         self, x: Tensor, cu_seqlens: Tensor | None, state: State | None
     ) -> tuple[Tensor, State | None]:

@@ -142,10 +142,20 @@ class Block(nn.Module):
     ) -> tuple[Float[Tensor, "B T C"], State | None]:
         """Parallel form; see `Mixer.forward`."""
         mixed, state = self.mixer(self.mixer_norm(x), state, cu_seqlens)
+        return self._finish(x, mixed), state
+
+    def begin_packed(
+        self, x: Float[Tensor, "1 T C"], cu_seqlens: Int[Tensor, " E"]
+    ) -> tuple[Float[Tensor, "1 T C"], State]:
+        """Parallel form of sequences that begin here; see `Mixer.begin_packed`."""
+        mixed, state = self.mixer.begin_packed(self.mixer_norm(x), cu_seqlens)
+        return self._finish(x, mixed), state
+
+    def _finish(self, x: Tensor, mixed: Tensor) -> Tensor:
         if not self.has_mlp:
-            return x + mixed, state
+            return x + mixed
         x, normed = self.mlp_norm.added(x, mixed)
-        return x + self.mlp(normed), state
+        return x + self.mlp(normed)
 
     def step(
         self,
@@ -279,6 +289,17 @@ class Decoder(nn.Module):
         x = self.norm(x)
         x = x if packing is None else packing.unpack(x)
         return x, None if state is None else DecoderState(after)
+
+    def begin_packed(
+        self, tokens: Int[Tensor, "1 T"], cu_seqlens: Int[Tensor, " E"]
+    ) -> tuple[Float[Tensor, "1 T C"], DecoderState]:
+        """As `hidden`, of packed sequences that begin here; and the state that each one leaves."""
+        x, after = self._embed(tokens), DecoderState()
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            x, state = block.begin_packed(x, cu_seqlens)
+            after.append(state)
+        return self.norm(x), after
 
     def logits(self, hidden: Float[Tensor, "... C"]) -> Float[Tensor, "... V"]:
         """Next-token logits from final hidden states; the head is the embedding."""

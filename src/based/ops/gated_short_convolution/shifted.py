@@ -68,6 +68,14 @@ def next_past(
     return torch.where(inside, x[0, token].to(past.dtype), from_past)
 
 
+def last_inputs(
+    x: Float[Tensor, "1 T C"], cu_seqlens: Int[Tensor, " E"], count: int
+) -> Float[Tensor, "N P C"]:
+    """`next_past` of sequences that begin here."""
+    token, _, inside = _newest(cu_seqlens, count)
+    return torch.where(inside, x[0, token], 0)
+
+
 @once_a_batch
 def _newest(cu_seqlens: Int[Tensor, " E"], count: int) -> tuple[Tensor, Tensor, Tensor]:
     """Of each sequence's last `count` inputs the tokens, else slots of its state, and which."""

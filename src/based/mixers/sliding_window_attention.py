@@ -3,12 +3,11 @@
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from based.mixers.base import Mixer, TensorSpec, at_least_one, probability, split_heads
 from based.mixers.state import State
 from based.ops.few_rows_linear import Projected, Residual, linear, norm_linears
-from based.ops.packed import positions, sequence_ids
+from based.ops.packed import longest, positions, sequence_ids
 from based.ops.rotary import frequencies_on, rotate
 from based.ops.sliding_window_attention import attention_step, sliding_window_attention
 
@@ -52,8 +51,9 @@ class SlidingWindowAttention(Mixer):
             q, k, v = self._project(x, token)
             out = self._attend(q, k, v)
             return self.out_proj(out.flatten(-2)), None
-        position = state["length"][:, None] + token
-        out, after = self._continue(*self._project(x, position), state)
+        seen = state["length"]
+        new = torch.full_like(seen, x.shape[1])
+        out, after = self._continue(*self._project(x, seen[:, None] + token), new, state)
         return self.out_proj(out.flatten(-2)), after
 
     def mix_packed(
@@ -66,10 +66,13 @@ class SlidingWindowAttention(Mixer):
         if state is None:
             out = self._attend(*self._project(x, place[None]), cu_seqlens=cu_seqlens)
             return self.out_proj(out.flatten(-2)), None
-        row = sequence_ids(cu_seqlens, x.shape[1])
+        # Only attention takes sequences side by side, padded at their ends.
+        row, new = sequence_ids(cu_seqlens, x.shape[1]), cu_seqlens.diff()
+        padded = len(new), longest(cu_seqlens)
         qkv = self._project(x, (state["length"][row] + place)[None])
-        out, after = self._continue_packed(*qkv, cu_seqlens, state)
-        return self.out_proj(out.flatten(-2)), after
+        q, k, v = (y.new_zeros(*padded, *y.shape[2:]).index_put((row, place), y[0]) for y in qkv)
+        out, after = self._continue(q, k, v, new, state)
+        return self.out_proj(out[row, place].flatten(-2))[None], after
 
     def begin_packed(
         self, x: Float[Tensor, "1 T C"], cu_seqlens: Int[Tensor, " E"]
@@ -105,62 +108,16 @@ class SlidingWindowAttention(Mixer):
         frequencies = frequencies_on(qkv.device, self.head_dim, self.rotary_fraction)
         return attention_step(q, k, v, *cache, frequencies).flatten(-2)
 
-    def _continue(self, q: Tensor, k: Tensor, v: Tensor, state: State) -> tuple[Tensor, State]:
-        """What the heads give after the state's tokens, and the next state."""
-        seen = state["length"]
-        length, (old_keys, old_values) = seen + k.shape[1], self._recent(state)
-        k = torch.cat([old_keys.to(k.dtype), k], dim=1)
-        v = torch.cat([old_values.to(v.dtype), v], dim=1)
-        index = self._held(length) - seen[:, None] + self.window - 1
-        keys, values = (_take(x, index.clamp(min=0)) for x in (k, v))
-        out = self._attend(q, k, v, past=seen)
-        return out, _remember(index < 0, keys, values, length, state)
-
-    def _continue_packed(
-        self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Int[Tensor, " E"], state: State
+    def _continue(
+        self, q: Tensor, k: Tensor, v: Tensor, new: Int[Tensor, " B"], state: State
     ) -> tuple[Tensor, State]:
-        """As `_continue`, of sequences end to end. Nothing waits for a GPU.
-
-        Attention sees each sequence after the past keys that it has; where those would
-        stand that it has not, and behind all, is room that no query looks at.
-        """
-        seen, T, past = state["length"], q.shape[1], self.window - 1
-        had = seen.clamp(max=past)
-        edges = cu_seqlens + F.pad(had.cumsum(0), (1, 0))
-        row, place = sequence_ids(cu_seqlens, T), positions(cu_seqlens, T)
-        size = T + len(seen) * past + 1
-        missing = past - had[:, None]
-        slot = self._slots(q)[:-1]
-        old = torch.where(slot < missing, size - 1, edges[:-1, None] + slot - missing)
-        new = edges[row] + had[row] + place
-
-        def placed(x: Tensor, before: Tensor) -> Tensor:
-            room = x.new_zeros(size, *x.shape[2:]).index_copy(0, new, x[0])
-            return room.index_copy(0, old.flatten(), before.flatten(0, 1).to(x.dtype))
-
-        old_keys, old_values = self._recent(state)
-        k, v = placed(k, old_keys), placed(v, old_values)
-        q = q.new_zeros(size, *q.shape[2:]).index_copy(0, new, q[0])
-        out = self._attend(q[None], k[None], v[None], cu_seqlens=edges)[:, new]
-        length = seen + cu_seqlens.diff()
-        after = self._held(length) - (seen - had)[:, None]
-        index = (edges[:-1, None] + after).clamp(min=0)
-        return out, _remember(after < 0, k[index], v[index], length, state)
-
-    def _recent(self, state: State) -> tuple[Tensor, Tensor]:
-        """The window - 1 past keys and values before the next token, oldest first."""
-        # All slots but the oldest.
-        slot = self._slots(state["keys"])[:-1]
-        index = (state["length"][:, None] - self.window + 1 + slot) % self.window
-        return _take(state["keys"], index), _take(state["values"], index)
-
-    def _held(self, length: Int[Tensor, " B"]) -> Int[Tensor, "B W"]:
-        """Which token each slot holds after so many: the newest whose number modulo window it is.
-
-        Below 0 where there is none.
-        """
-        last = length[:, None] - 1
-        return last - (last - self._slots(length)) % self.window
+        """What the heads give after the state's tokens, and the next state; `new` of k are real."""
+        seen = state["length"]
+        # The window before a query holds window - 1 past keys: all slots but the oldest.
+        recent = (seen[:, None] - self.window + 1 + self._slots(q)[:-1]) % self.window
+        k = torch.cat([_take(state["keys"], recent).to(k.dtype), k], dim=1)
+        v = torch.cat([_take(state["values"], recent).to(v.dtype), v], dim=1)
+        return self._attend(q, k, v, past=seen), self._remember(k, v, seen, new, state)
 
     def _attend(
         self,
@@ -209,17 +166,23 @@ class SlidingWindowAttention(Mixer):
     def _slots(self, x: Tensor) -> Int[Tensor, " W"]:
         return torch.arange(self.window, device=x.device)
 
+    def _held(self, length: Int[Tensor, " B"]) -> Int[Tensor, "B W"]:
+        """Which token each slot holds after so many: the newest whose number modulo window it is.
 
-def _remember(
-    keep: Tensor, keys: Tensor, values: Tensor, length: Int[Tensor, " B"], state: State
-) -> State:
-    """The state after `length` tokens, of what its slots hold; `keep` marks those that stay.
+        Below 0 where there is none.
+        """
+        last = length[:, None] - 1
+        return last - (last - self._slots(length)) % self.window
 
-    Of the window's tokens one may be older than all that attention was given.
-    """
-    keep = keep[..., None, None]
-    keys = torch.where(keep, state["keys"], keys)
-    return State(keys=keys, values=torch.where(keep, state["values"], values), length=length)
+    def _remember(self, k: Tensor, v: Tensor, seen: Tensor, new: Tensor, state: State) -> State:
+        """The ring after `new` tokens; k and v begin with window - 1 past tokens and then those."""
+        length = seen + new
+        # Of the ring's window tokens one may be older than k's first: that slot keeps what it has.
+        index = self._held(length) - seen[:, None] + self.window - 1
+        keep = (index < 0)[..., None, None]
+        keys = torch.where(keep, state["keys"], _take(k, index.clamp(min=0)))
+        values = torch.where(keep, state["values"], _take(v, index.clamp(min=0)))
+        return State(keys=keys, values=values, length=length)
 
 
 def _take(x: Float[Tensor, "B S H D"], index: Int[Tensor, "B W"]) -> Float[Tensor, "B W H D"]:

@@ -72,3 +72,9 @@ def positions(cu_seqlens: Int[Tensor, " E"], length: int) -> Int[Tensor, " T"]:
     """Each token's position in its own sequence, from 0."""
     token = torch.arange(length, device=cu_seqlens.device)
     return token - cu_seqlens[sequence_ids(cu_seqlens, length)]
+
+
+@once_a_batch
+def longest(cu_seqlens: Int[Tensor, " E"]) -> int:
+    """Tokens of the longest sequence; waits for a GPU."""
+    return int(cu_seqlens.diff().max())

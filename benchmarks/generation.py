@@ -270,16 +270,7 @@ def _generate(options: Options, device: torch.device, name: str, batch: int) -> 
     engine = _engine(options, model, batch, options.prompt + options.tokens)
     shape = (batch, options.prompt)
     prompts = torch.randint(model.config.vocab_size, shape).tolist()
-
-    def run(tokens: int) -> float:
-        sampling = Sampling(temperature=0.0, max_new_tokens=tokens)
-        began = time.perf_counter()
-        requests = [engine.submit(prompt, sampling) for prompt in prompts]
-        while engine.busy:
-            engine.step()
-        assert all(len(request.tokens) == tokens for request in requests)
-        return time.perf_counter() - began
-
+    run = partial(_seconds, engine, prompts)
     run(2)
     peak_bytes(device)
     prefill, seconds = run(1), run(options.tokens)
@@ -289,6 +280,17 @@ def _generate(options: Options, device: torch.device, name: str, batch: int) -> 
         "prefill_seconds": prefill,
         "peak_bytes": peak_bytes(device),
     }
+
+
+def _seconds(engine: Engine, prompts: list[list[int]], tokens: int) -> float:
+    """Until requests with these prompts, submitted together, have so many tokens each."""
+    sampling = Sampling(temperature=0.0, max_new_tokens=tokens)
+    began = time.perf_counter()
+    requests = [engine.submit(prompt, sampling) for prompt in prompts]
+    while engine.busy:
+        engine.step()
+    assert all(len(request.tokens) == tokens for request in requests)
+    return time.perf_counter() - began
 
 
 def _queue(options: Options, device: torch.device, name: str, batch: int) -> dict[str, Any]:
@@ -328,8 +330,9 @@ def _first(
         model = build(name, device, options.window)
         slots = max(batch, 8)
         engine = Engine(model, replace(_config(options, slots, context + 1), step_sizes=(slots,)))
-        seconds = [_seconds_to_first(engine, batch, context) for _ in range(WARMUP + TIMED)]
-        seconds = seconds[WARMUP:]
+        shape = (WARMUP + TIMED, batch, context)
+        prompts = torch.randint(model.config.vocab_size, shape).tolist()
+        seconds = [_seconds(engine, together, 1) for together in prompts][WARMUP:]
         return {
             "ms": 1000 * median(seconds),
             "slowest_ms": 1000 * max(seconds),
@@ -338,16 +341,6 @@ def _first(
         }
 
     return measure
-
-
-def _seconds_to_first(engine: Engine, batch: int, length: int) -> float:
-    prompts = torch.randint(engine.model.config.vocab_size, (batch, length)).tolist()
-    began = time.perf_counter()
-    for prompt in prompts:
-        engine.submit(prompt, Sampling(temperature=0.0, max_new_tokens=1))
-    while engine.busy:
-        engine.step()
-    return time.perf_counter() - began
 
 
 def synchronize(device: torch.device) -> None:
